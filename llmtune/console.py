@@ -1,0 +1,115 @@
+"""The one place that prints. Facts go to stdout, everything said on the way goes to stderr.
+
+Nothing here decides what to say; it knows only where it may be said: no progress bar outside a terminal,
+no colour under ``NO_COLOR``, nothing but warnings and errors under ``--quiet``, and only the main process of a
+distributed run speaks.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+
+class Speaker:
+    """Prints for one process. ``quiet`` drops what is merely informative; ``muted`` drops all but errors."""
+
+    def __init__(self) -> None:
+        self.quiet = False
+        self.muted = False
+
+    def _console(self, stream: str) -> Console:
+        from rich.console import Console
+
+        console = Console(stderr=stream == "err", soft_wrap=True, highlight=False)
+        if not console.is_terminal:
+            console = Console(stderr=stream == "err", soft_wrap=True, highlight=False, width=120, no_color=True)
+        return console
+
+    @property
+    def interactive(self) -> bool:
+        """Whether a person is watching stderr, so that moving displays make sense."""
+        return sys.stderr.isatty() and not self.quiet and not self.muted
+
+    def say(self, text: str) -> None:
+        """One informative line on stderr."""
+        if not self.quiet and not self.muted:
+            self._console("err").print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        """One warning on stderr; shown under ``--quiet`` too."""
+        if not self.muted:
+            self._console("err").print(f"warning: {text}", style="yellow", markup=False)
+
+    def error(self, text: str) -> None:
+        """One error on stderr; always shown."""
+        self._console("err").print(text, style="red", markup=False)
+
+    def show(self, renderable: Any) -> None:
+        """A result for people, on stdout: text or any rich renderable."""
+        if not self.muted:
+            if isinstance(renderable, str):
+                self._console("out").print(renderable, markup=False)
+            else:
+                self._console("out").print(renderable)
+
+    def emit(self, document: Any) -> None:
+        """A result for programs: one JSON document on stdout."""
+        import orjson
+
+        if not self.muted:
+            sys.stdout.write(orjson.dumps(document, option=orjson.OPT_INDENT_2).decode() + "\n")
+            sys.stdout.flush()
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """A table on stdout; the last column wraps, the others do not."""
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+        for i, column in enumerate(columns):
+            table.add_column(column, no_wrap=i < len(columns) - 1, overflow="fold")
+        for row in rows:
+            table.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
+        self.show(table)
+
+    @contextmanager
+    def progress(self, description: str, total: float | None) -> Iterator[ProgressBar]:
+        """A progress bar with remaining time on a terminal; silent elsewhere."""
+        if not self.interactive:
+            yield ProgressBar(None, None)
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self._console("err"),
+            transient=True,
+        ) as bar:
+            yield ProgressBar(bar, bar.add_task(description, total=total, note=""))
+
+
+class ProgressBar:
+    """Handle of one running progress bar; does nothing where no bar is shown."""
+
+    def __init__(self, bar: Progress | None, task: Any) -> None:
+        self._bar, self._task = bar, task
+
+    def update(self, completed: float, note: str = "") -> None:
+        """Move the bar to ``completed`` and put ``note`` behind it."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=completed, note=note)
+
+
+speaker = Speaker()
