@@ -1,0 +1,33 @@
+"""What the user asked: keywords, flags, a YAML file and the environment become one frozen ``RunConfig``."""
+
+from llmtune.config.load import load_config, settable_keys
+from llmtune.config.paths import cache_dir, store_url
+from llmtune.config.schema import (
+    AdapterConfig,
+    DataConfig,
+    EvaluateConfig,
+    ModelConfig,
+    MonitorConfig,
+    OutputConfig,
+    RecoverConfig,
+    RunConfig,
+    SaveConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "AdapterConfig",
+    "DataConfig",
+    "EvaluateConfig",
+    "ModelConfig",
+    "MonitorConfig",
+    "OutputConfig",
+    "RecoverConfig",
+    "RunConfig",
+    "SaveConfig",
+    "TrainConfig",
+    "cache_dir",
+    "load_config",
+    "settable_keys",
+    "store_url",
+]

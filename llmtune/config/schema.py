@@ -1,0 +1,162 @@
+"""The shape of a configuration. ``None`` means: decide for me, and tell me why.
+
+Groups follow the life of a run: model, data, train, adapter, evaluate, save, recover, monitor, output.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
+
+Goal = Literal["highspeed", "quality", "bestaccuracy"]
+Method = Literal["lora", "qlora", "full"]
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Group(BaseModel):
+    """Base of every group: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _auto_is_none(cls, value: Any, info: ValidationInfo) -> Any:
+        """Let people write ``auto`` for every key that is chosen for them when it is left out."""
+        default = cls.model_fields[info.field_name].default if info.field_name else ...
+        return None if value == "auto" and default is None else value
+
+
+class ModelConfig(Group):
+    """Which base model, and how it may be fetched."""
+
+    id: str = Field("auto", min_length=1, description="auto, builtin:tiny, a Hub id or a local directory")
+    revision: str | None = Field(None, description="branch, tag or commit on the Hub")
+    token: SecretStr | None = Field(None, description="Hub access token; HF_TOKEN works too")
+    trust_remote_code: bool = Field(False, description="let the model repository run its own Python code")
+
+
+class DataConfig(Group):
+    """What to learn from."""
+
+    path: str | None = Field(None, description="training data: file, directory or glob")
+    eval_path: str | None = Field(None, description="evaluation data; without it a share of the rows is held out")
+    format: str | None = Field(None, description="chat, sharegpt, alpaca, prompt_completion, question_answer, text")
+    columns: dict[str, str] = Field(default_factory=dict, description="field of the format -> column of the data")
+    max_length: Annotated[int, Field(ge=16)] | None = Field(None, description="longest row in tokens")
+    too_long: Literal["refuse", "drop"] = Field("refuse", description="rows longer than max_length")
+    on_bad_row: Literal["error", "skip"] = Field("error", description="rows that cannot be read or trained on")
+    eval_fraction: Share | None = Field(None, description="share of rows held out when eval_path is not given")
+    chat_template: str | None = Field(None, description="Jinja file that replaces the tokenizer's chat template")
+
+
+class TrainConfig(Group):
+    """How the weights move."""
+
+    preset: Goal = Field("quality", description="what to aim for")
+    method: Method | None = Field(None, description="lora, qlora or full; auto when not given")
+    epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="passes over the training data")
+    max_steps: Positive | None = Field(None, description="stop after this many updates")
+    learning_rate: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="peak learning rate")
+    schedule: str | None = Field(None, description="constant, linear, cosine, … as in transformers")
+    warmup_ratio: Share | None = Field(None, description="share of the updates spent warming up")
+    weight_decay: Annotated[float, Field(ge=0)] | None = Field(None, description="decoupled weight decay")
+    optimizer: str | None = Field(None, description="a name of transformers' OptimizerNames")
+    max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="gradient norm is clipped to this")
+    global_batch_size: Positive | None = Field(None, description="examples per update, over all processes")
+    micro_batch_size: Positive | None = Field(None, description="most examples per forward pass on one device")
+    token_budget: Positive | None = Field(None, description="most padded tokens per forward pass on one device")
+    precision: Literal["bf16", "fp16", "fp32"] | None = Field(None, description="arithmetic of the base model")
+    activation_checkpointing: bool | None = Field(None, description="recompute activations to save memory")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps or xpu")
+    num_workers: Annotated[int, Field(ge=0)] | None = Field(None, description="data loader processes")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(42, description="of order, split, dropout, initialisation")
+
+
+class AdapterConfig(Group):
+    """The trainable low-rank adapter, and the precision of the frozen base below it."""
+
+    rank: Positive | None = Field(None, description="LoRA rank")
+    alpha: Positive | None = Field(None, description="LoRA alpha; the update is scaled by alpha / rank")
+    dropout: Share | None = Field(None, description="LoRA dropout")
+    targets: list[str] | None = Field(None, min_length=1, description="module names, or ['all-linear']")
+    quantization: Literal["nf4", "int8"] = Field("nf4", description="base weights under qlora")
+
+
+class EvaluateConfig(Group):
+    """How the result is judged during and after training."""
+
+    every_steps: Positive | None = Field(None, description="updates between evaluations")
+    base: bool = Field(True, description="evaluate the untouched base model before step 1")
+    metric: str = Field("eval_loss", description="metric of best checkpoint and early stopping")
+    greater_is_better: bool | None = Field(None, description="direction of metric; losses: smaller is better")
+    patience: Positive | None = Field(None, description="stop after this many evaluations without improvement")
+    min_delta: Annotated[float, Field(ge=0)] = Field(0.0, description="smallest change that counts as improvement")
+    num_samples: Annotated[int, Field(ge=0)] = Field(4, description="held-out prompts answered before and after")
+    max_new_tokens: Positive = Field(128, description="longest generated answer")
+    metric_rows: Positive = Field(64, description="held-out rows that user metrics are computed on")
+
+
+class SaveConfig(Group):
+    """Checkpoints."""
+
+    every_steps: Positive | None = Field(None, description="updates between checkpoints")
+    keep: Annotated[int, Field(ge=2)] = Field(3, description="newest checkpoints kept besides the best one")
+
+
+class RecoverConfig(Group):
+    """What happens when a run was interrupted."""
+
+    resume: str = Field("auto", min_length=1, description="auto, never, or the directory of a checkpoint")
+
+
+class MonitorConfig(Group):
+    """Who is told."""
+
+    report: bool = Field(True, description="write report.html; it holds its own plotting code, about 5 MB")
+    report_to: list[str] = Field(default_factory=list, description="trackers of transformers, e.g. tensorboard")
+
+
+class OutputConfig(Group):
+    """Where results go."""
+
+    dir: str | None = Field(None, description="the run directory; derived from data, model and config if not given")
+    root: str = Field("runs", min_length=1, description="folder of derived run directories and of the run store")
+
+
+class RunConfig(Group):
+    """Everything a user can ask of one run. Frozen; unknown keys are refused."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    save: SaveConfig = SaveConfig()
+    recover: RecoverConfig = RecoverConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    output: OutputConfig = OutputConfig()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for ``run.json`` and YAML; the access token is left out."""
+        document = self.model_dump(mode="json")
+        del document["model"]["token"]
+        return document
+
+    def asked(self) -> dict[str, Any]:
+        """Only what was set and differs from the defaults, as nested plain values."""
+        document = self.model_dump(mode="json", exclude_defaults=True)
+        document.get("model", {}).pop("token", None)
+        return {group: values for group, values in document.items() if values}
+
+    def identity_hash(self) -> str:
+        """SHA-256 of all that decides the result: not where it is written, not how it resumes, not who watches."""
+        document = self.to_json()
+        for group in ("output", "recover", "monitor"):
+            del document[group]
+        for key in ("path", "eval_path"):
+            del document["data"][key]
+        return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

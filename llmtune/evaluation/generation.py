@@ -1,0 +1,101 @@
+"""Answers to held-out prompts: same prompt, same greedy decoding for base and tuned."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmtune.data import EncodedDataset
+
+# Rows generated together. Decoding is bound by reading weights, so rows are nearly free until memory is short.
+ROWS_AT_ONCE = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """What precedes an answer, as the model saw it in training (token ids), and the answer it should give."""
+
+    input_ids: tuple[int, ...]
+    text: str
+    reference: str
+
+
+def prompts_of(data: EncodedDataset, tokenizer: Any, count: int) -> list[Prompt]:
+    """The first ``count`` rows that have a prompt, up to their last answer."""
+    prompts: list[Prompt] = []
+    for row in range(len(data)):
+        if len(prompts) == count:
+            break
+        encoded = data[row]
+        supervised = np.flatnonzero(encoded.supervised)
+        if len(supervised) == 0 or supervised[0] == 0:
+            continue  # plain text has no prompt
+        breaks = np.flatnonzero(np.diff(supervised) > 1)
+        start = int(supervised[breaks[-1] + 1] if len(breaks) else supervised[0])
+        ids = encoded.input_ids
+        prompts.append(
+            Prompt(
+                input_ids=tuple(int(i) for i in ids[:start]),
+                text=tokenizer.decode(ids[:start], skip_special_tokens=True).strip(),
+                reference=tokenizer.decode(ids[start : supervised[-1] + 1], skip_special_tokens=True).strip(),
+            )
+        )
+    return prompts
+
+
+@torch.no_grad()
+def answer(
+    model: Any, tokenizer: Any, prompts: Sequence[Prompt], *, max_new_tokens: int, device: torch.device | str
+) -> list[str]:
+    """Greedy continuations up to the stop token, in the order of ``prompts``."""
+    was_training = model.training
+    model.eval()
+    answers: list[str] = []
+    try:
+        for start in range(0, len(prompts), ROWS_AT_ONCE):
+            group = prompts[start : start + ROWS_AT_ONCE]
+            width = max(len(prompt.input_ids) for prompt in group)
+            ids = torch.full((len(group), width), tokenizer.pad_token_id, dtype=torch.long)
+            mask = torch.zeros_like(ids)
+            for row, prompt in enumerate(group):
+                ids[row, width - len(prompt.input_ids) :] = torch.tensor(prompt.input_ids)
+                mask[row, width - len(prompt.input_ids) :] = 1
+            generated = model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                num_beams=1,
+                use_cache=True,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=stop_token_ids(model, tokenizer),
+            )
+            answers += [text.strip() for text in tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)]
+    finally:
+        model.train(was_training)
+    return answers
+
+
+def stop_token_ids(model: Any, tokenizer: Any) -> list[int]:
+    """The tokenizer's stop token and those the model's own generation settings add to it."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    listed = own if isinstance(own, list) else [] if own is None else [own]
+    return sorted({tokenizer.eos_token_id, *listed})
+
+
+@contextmanager
+def as_base(model: Any) -> Iterator[Any]:
+    """The same model with its adapter switched off; a model without an adapter is passed through."""
+    if hasattr(model, "disable_adapter"):
+        with model.disable_adapter():
+            yield model
+    else:
+        yield model

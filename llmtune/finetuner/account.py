@@ -1,0 +1,207 @@
+"""The account of a run: which directory it has, what is written at its start and at every kind of end."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmtune.config import RunConfig, store_url
+from llmtune.console import speaker
+from llmtune.errors import ConfigError, LlmtuneError, OutputError, Preempted, TrainingError
+from llmtune.finetuner.result import RunResult
+from llmtune.hardware import Hardware
+from llmtune.planning import Plan
+from llmtune.reporting import write_report
+from llmtune.runs import RunDirectory, RunStore, choose_directory, derive_name, is_run
+
+if TYPE_CHECKING:
+    from llmtune.training import TrainingOutcome
+
+PACKAGES = ("llmtune", "torch", "transformers", "accelerate", "peft", "datasets", "bitsandbytes", "optuna", "numpy")
+OUT_OF_MEMORY = "out_of_memory"
+
+
+def open_run(config: RunConfig, identity: dict[str, str], *, data_name: str) -> RunDirectory:
+    """The directory this configuration runs in: as given, else derived so that the same command finds it again.
+
+    Raises:
+        OutputError: It cannot be written, or holds a run of another identity, or one that ``--resume never`` forbids
+            to continue.
+    """
+    fresh = config.recover.resume == "never"
+    if config.output.dir is not None:
+        path = Path(config.output.dir)
+        if fresh and is_run(path):
+            raise OutputError(f"{path} already holds a run and --resume never was given; choose another --output")
+        return RunDirectory.create(path, identity=identity)
+    name = derive_name(data_name=data_name, model_id=identity["model"], identity_hash=identity["config"])
+    return RunDirectory.create(
+        choose_directory(config.output.root, name, {"fresh": "yes"} if fresh else identity), identity=identity
+    )
+
+
+def begin(run: RunDirectory, *, config: RunConfig, plan: Plan, fingerprint: str, hardware: Hardware) -> None:
+    """Write what is known before weights load: configuration, plan and environment."""
+    run.update_run(
+        status="planned",
+        command=shlex.join(sys.argv),
+        config=config.to_json(),
+        seeds={"seed": plan.seed.value},
+        parent_run=None,
+        model=plan.model.value,
+        data=config.data.path,
+        preset=plan.preset.value,
+        data_fingerprint=fingerprint,
+    )
+    run.add_plan(plan.to_json())
+    run.write_environment(environment(hardware, fingerprint))
+
+
+def started(run: RunDirectory, plan: Plan, resume_from: Path | None, processes: int) -> None:
+    """The run begins or goes on; from here on it is never discarded."""
+    step = int(resume_from.name.rsplit("-", 1)[-1]) if resume_from else 0
+    source = str(resume_from.relative_to(run.path)) if resume_from and resume_from.is_relative_to(run.path) else None
+    run.update_run(status="running")
+    run.event("run_started", step, resumed_from=source, processes=processes, pid=os.getpid())
+    run.event("plan", step, file=run.plans[-1].name, memory_bytes=plan.memory.peak_bytes, updates=plan.updates.value)
+    run.write_status(
+        state="running", step=step, of=plan.updates.value, eta_seconds=None, loss=None, last_checkpoint=source
+    )
+    index(run)
+
+
+def environment(hardware: Hardware, data_fingerprint: str) -> dict[str, Any]:
+    """Versions, machine, commit, threads: what it takes to do it again."""
+    import torch
+
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    wanted = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "WORLD_SIZE", "HF_HUB_OFFLINE")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "hardware": hardware.to_json(),
+        "git_commit": _git_commit(),
+        "data_fingerprint": data_fingerprint,
+        "threads": {"torch": torch.get_num_threads(), "interop": torch.get_num_interop_threads()},
+        "environment": {name: os.environ[name] for name in wanted if name in os.environ},
+    }
+
+
+def _git_commit() -> str | None:
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+@contextmanager
+def told(run: RunDirectory) -> Iterator[None]:
+    """Whatever ends the block is written down: status, event, failure report, exit code, report page, run store.
+
+    Raises:
+        TrainingError: Memory ran out.
+        LlmtuneError: A defect of ours; the message names the traceback.
+    """
+    try:
+        yield
+    except Preempted as stop:
+        step = _last_step(run)
+        command = f"llmtune resume {run.path}"
+        run.event("preempted", step, reason=str(stop), command=command)
+        _close(run, "preempted", Preempted.exit_code)
+        raise Preempted(f"{stop}. Continue with: {command}") from None
+    except LlmtuneError as error:
+        _failed(run, error, kind=type(error).__name__, cause=str(error), exit_code=error.exit_code)
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            report = _failed(run, error, kind=OUT_OF_MEMORY, cause="memory ran out", exit_code=TrainingError.exit_code)
+            raise TrainingError(
+                f"memory ran out at step {_last_step(run) + 1}. The last checkpoint stands; lower --set "
+                f"train.token_budget and continue, or try --method qlora. Failure report: {report}"
+            ) from error
+        report = _failed(run, error, kind="defect", cause=f"{type(error).__name__}: {error}", exit_code=1)
+        raise LlmtuneError(
+            f"{type(error).__name__}: {error}. This is a defect of llmtune or of code handed to it; the traceback "
+            f"is in {report.with_suffix('.txt')}"
+        ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, on whatever device."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    text = str(error)
+    signs = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
+    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
+
+
+def finish(run: RunDirectory, outcome: TrainingOutcome) -> RunResult:
+    """Write down a run that came to its end."""
+    metric = run.run["config"]["evaluate"]["metric"]
+    value = outcome.metrics.get(metric, outcome.metrics.get(metric.removeprefix("eval_")))
+    best = None if outcome.best_step is None else {"metric": metric, "value": value, "step": outcome.best_step}
+    run.update_run(metrics=dict(outcome.metrics), best=best)
+    run.event("run_finished", outcome.steps, metrics=dict(outcome.metrics), best_step=outcome.best_step)
+    _close(run, "finished", 0)
+    return RunResult.of(run)
+
+
+def index(run: RunDirectory) -> None:
+    """Tell the run store; losing the store loses nothing, so its failure is a warning."""
+    try:
+        RunStore(store_url(), root=run.path.parent).index(run)
+    except ConfigError:
+        raise
+    except Exception as error:  # the store is an index over run directories, whatever its database says
+        speaker.warn(f"the run store could not be written: {error}; `llmtune runs --rebuild` makes it anew")
+
+
+def _failed(run: RunDirectory, error: Exception, *, kind: str, cause: str, exit_code: int) -> Path:
+    report = run.write_failure(error, kind=kind, cause=cause, remedy="see the message")
+    run.event("run_failed", _last_step(run), kind=kind, cause=cause, failure=str(report.relative_to(run.path)))
+    _close(run, "failed", exit_code)
+    return report
+
+
+def _close(run: RunDirectory, status: str, exit_code: int) -> None:
+    steps = run.steps()
+    last = steps[-1] if steps else {}
+    of = (run.latest_plan() or {}).get("choices", {}).get("updates", {}).get("value")
+    saved = [event for event in run.events() if event["event"] == "checkpoint_saved"]
+    run.update_run(status=status, exit_code=exit_code, steps=last.get("step", 0))
+    run.write_status(
+        state=status,
+        step=last.get("step", 0),
+        of=of,
+        eta_seconds=0.0 if status == "finished" else None,
+        loss=last.get("loss"),
+        last_checkpoint=saved[-1]["path"] if saved else None,
+        exit_code=exit_code,
+    )
+    try:
+        if run.run["config"]["monitor"]["report"]:
+            write_report(run.path)
+    except Exception as error:  # the report retells what the run directory holds; without it nothing is lost
+        speaker.warn(f"the report could not be written: {error!r}; try `llmtune report {run.path}`")
+    index(run)
+
+
+def _last_step(run: RunDirectory) -> int:
+    steps = run.steps()
+    return int(steps[-1]["step"]) if steps else 0

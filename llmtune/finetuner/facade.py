@@ -1,0 +1,271 @@
+"""The facade. ``train`` tells the story of one run, in order."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmtune.config import RunConfig, load_config
+from llmtune.console import speaker
+from llmtune.data import DataReport
+from llmtune.errors import CheckpointError, ConfigError, PlanError
+from llmtune.evaluation import Metric
+from llmtune.finetuner import account, facts
+from llmtune.finetuner.result import RunResult
+from llmtune.hardware import Hardware, launch_shortfall
+from llmtune.planning import Plan, PlanRequest, make_plan, variants
+from llmtune.runs import RunDirectory
+from llmtune.units import format_bytes
+
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
+
+    from llmtune.finetuner.tuned import TunedRun, Verdict
+    from llmtune.training import Ranks, TrainingJob
+
+
+class FineTuner:
+    """Fine-tune a language model on your data.
+
+        tuner = FineTuner("data.jsonl", preset="quality")
+        result = tuner.train()
+
+    Args:
+        data: A path (jsonl, json, csv, tsv, parquet, arrow, txt, a directory or a glob of these), a
+            ``datasets.Dataset`` or a list of dicts. May be left out when the configuration names it.
+        callbacks: ``transformers.TrainerCallback`` objects of your own.
+        metrics: Your own quality measures by name: ``fn(answers, references) -> float``, computed on greedy answers to
+            held-out prompts at every evaluation. ``metric="name"`` lets one choose the best checkpoint.
+        config: A YAML file of ``RunConfig`` keys.
+        **settings: ``RunConfig`` keys, in full or by a unique leaf name: ``learning_rate=1e-4, rank=16``.
+
+    Raises:
+        ConfigError: A key or value that cannot be used; all of them at once.
+    """
+
+    def __init__(
+        self,
+        data: Any = None,
+        *,
+        callbacks: Sequence[TrainerCallback] = (),
+        metrics: Mapping[str, Metric] | None = None,
+        config: str | Path | RunConfig | None = None,
+        **settings: Any,
+    ) -> None:
+        if isinstance(data, str | os.PathLike):
+            settings["data.path"], data = os.fspath(data), None
+        if isinstance(config, RunConfig):
+            if settings:
+                raise ConfigError("FineTuner", [f"got a RunConfig and also {', '.join(settings)}; give one of them"])
+            self.config = config
+        else:
+            self.config = load_config(settings, file=config, where="FineTuner")
+        self._data, self._callbacks, self._metrics = data, tuple(callbacks), dict(metrics or {})
+        self._run_dir: Path | None = None
+        self._tuned: TunedRun | None = None
+
+    def check(self) -> DataReport:
+        """Read every row and report every problem, with file and line.
+
+        Raises:
+            DataError: The data cannot be found, or its format cannot be recognised.
+        """
+        source, _ = facts.sources_of(self.config, self._data)
+        return facts.check_data(self.config, source)
+
+    def plan(self, hardware: Hardware | None = None) -> Plan:
+        """Everything ``train`` would do, each number with its reason; no weights are loaded, nothing is downloaded
+        for a catalogued model.
+
+        Args:
+            hardware: Plan for this machine instead of the present one.
+        """
+        machine = facts.machine_of(self.config, hardware)
+        source, evaluation = facts.sources_of(self.config, self._data)
+        model = facts.model_of(self.config, machine, source, download=False)
+        data = facts.data_of(self.config, model, source, evaluation)
+        return facts.plan_of(self.config, machine, model, data, processes=1)
+
+    def train(self) -> RunResult:
+        """Plan, train, keep the best, and leave an account of it; continues an unfinished run of the same command.
+
+        Raises:
+            LlmtuneError: One of the tree in ``llmtune.errors``; the run directory holds the failure report.
+        """
+        from llmtune.training import Ranks, run_training
+
+        machine = facts.machine_of(self.config)
+        ranks = Ranks(on_cpu=machine.device.type == "cpu")
+        speaker.muted = not ranks.is_main
+        if shortfall := launch_shortfall(os.environ):
+            speaker.warn(shortfall)
+        source, evaluation = facts.sources_of(self.config, self._data)
+        report = facts.check_data(self.config, source)
+        report.raise_if_bad(self.config.data.on_bad_row)
+        speaker.say(f"data: {report.rows:,} rows, {report.format} ({report.reason})")
+        model = facts.model_of(self.config, machine, source, download=True)
+        with ranks.main_first():  # the main process tokenises, the others map its files
+            data = facts.data_of(self.config, model, source, evaluation)
+        request = facts.plan_request(self.config, machine, model, data, processes=ranks.size)
+        plan = ranks.from_main(make_plan(request) if ranks.is_main else None)
+        assert plan is not None
+        _require_fit(plan, request)
+        run = self._open_run(ranks, model, data, source.name)
+        if run.run["status"] == "finished":
+            speaker.say(f"{run.path} is finished; nothing to do")
+            return RunResult.of(run)
+        with run.lock() if ranks.is_main else nullcontext():
+            try:
+                job, resume_from = self._prepare(run, ranks, machine, model, data, plan, report)
+            except BaseException:
+                if ranks.is_main:
+                    run.discard()  # nothing has been trained: leave nothing half-created behind
+                raise
+            with account.told(run) if ranks.is_main else nullcontext():
+                outcome = run_training(job, resume_from)
+                return account.finish(run, outcome) if ranks.is_main else RunResult.of(run)
+
+    def evaluate(self) -> Verdict:
+        """Loss and perplexity of base and tuned model on the held-out rows of the finished run."""
+        return self._finished().evaluate()
+
+    def generate(self, prompt: str | Sequence[Mapping[str, Any]], *, max_new_tokens: int | None = None) -> str:
+        """The tuned model's greedy answer to a prompt or a list of messages."""
+        return self._finished().generate(prompt, max_new_tokens=max_new_tokens)
+
+    @classmethod
+    def resume(cls, run_dir: str | Path, data: Any = None, **kwargs: Any) -> RunResult:
+        """Continue a stopped run with the configuration it was started with.
+
+        Args:
+            run_dir: The run directory.
+            data: The data again, when the run was started on rows in memory instead of a file.
+            **kwargs: ``callbacks`` and ``metrics``, when the run was started with any.
+
+        Raises:
+            RunNotFoundError: There is no run.
+            CheckpointError: Checkpoints exist and none verifies.
+        """
+        run = RunDirectory.open(run_dir)
+        config = load_config(run.run["config"], environ={}, where=str(run.path / "run.json"))
+        output = config.output.model_copy(update={"dir": str(run.path)})
+        return cls(data, config=config.model_copy(update={"output": output}), **kwargs).train()
+
+    def _open_run(self, ranks: Ranks, model: facts.Model, data: facts.Data, data_name: str) -> RunDirectory:
+        revision = self.config.model.revision
+        identity = {
+            "data": data.fingerprint[:12],
+            "model": model.spec.id + (f"@{revision}" if revision else ""),
+            "config": self.config.identity_hash()[:12],
+        }
+        run = account.open_run(self.config, identity, data_name=data_name) if ranks.is_main else None
+        path = ranks.from_main(run.path if run is not None else None)
+        assert path is not None
+        self._run_dir = path
+        return run if run is not None else RunDirectory.open(path)
+
+    def _prepare(
+        self,
+        run: RunDirectory,
+        ranks: Ranks,
+        machine: facts.Machine,
+        model: facts.Model,
+        data: facts.Data,
+        plan: Plan,
+        report: DataReport,
+    ) -> tuple[TrainingJob, Path | None]:
+        """Settle the plan in force and where to start from, write both down, and load the weights."""
+        from transformers import set_seed
+
+        from llmtune.models import load_for_training
+        from llmtune.training import TrainingJob
+
+        resume_from = ranks.from_main(self._checkpoint(run) if ranks.is_main else None)
+        in_force = run.latest_plan()
+        if in_force is not None:  # a continued run neither plans nor probes again
+            plan = Plan.from_json(in_force)
+        elif ranks.is_main:
+            account.begin(run, config=self.config, plan=plan, fingerprint=data.fingerprint, hardware=machine.hardware)
+            run.write_json("data_report.json", report.to_json())
+        if ranks.is_main:
+            speaker.say(f"run: {run.path}")
+            speaker.say(plan.summary())
+            for notice in plan.notices:
+                speaker.warn(notice)
+        assert model.location is not None and data.train is not None
+        set_seed(plan.seed.value)
+        weights = load_for_training(
+            model.location,
+            precision=plan.precision.value,
+            method=plan.method.value,
+            quantization=plan.quantization.value,
+            rank=plan.rank.value,
+            alpha=plan.alpha.value,
+            dropout=plan.dropout.value,
+            targets=plan.targets.value,
+            device=ranks.device,
+        )
+        if ranks.is_main:
+            account.started(run, plan, resume_from, ranks.size)
+        job = TrainingJob(
+            plan=plan,
+            config=self.config,
+            run=run,
+            ranks=ranks,
+            model=weights,
+            tokenizer=model.tokenizer,
+            train_data=data.train,
+            eval_data=data.eval,
+            checkpoint_facts={"identity": run.run["identity"], "data_fingerprint": data.fingerprint},
+            callbacks=self._callbacks,
+            metrics=self._metrics,
+        )
+        return job, resume_from
+
+    def _checkpoint(self, run: RunDirectory) -> Path | None:
+        from llmtune.checkpoints import verify
+        from llmtune.training.train import find_checkpoint
+
+        wanted = self.config.recover.resume
+        if wanted == "auto":
+            return find_checkpoint(run)
+        if wanted == "never":
+            return None
+        path = Path(wanted)
+        if not path.is_dir():
+            raise ConfigError("--resume", [f"got '{wanted}', expected auto, never or the directory of a checkpoint"])
+        result = verify(path)
+        if not result.ok:
+            raise CheckpointError(f"{path} is not used: {result.reason}. --resume auto takes the newest that verifies")
+        return path
+
+    def _finished(self) -> TunedRun:
+        from llmtune.finetuner.tuned import TunedRun
+
+        if self._tuned is None:
+            if self._run_dir is None:
+                raise ConfigError("FineTuner", ["nothing is trained yet; call train() first"])
+            self._tuned = TunedRun.open(self._run_dir, data=self._data)
+        return self._tuned
+
+
+def _require_fit(plan: Plan, request: PlanRequest) -> None:
+    memory = plan.memory
+    if not plan.fits:
+        terms = sorted(memory.terms.items(), key=lambda term: -term[1])
+        named = ", ".join(f"{name} {format_bytes(size)}" for name, size in terms if size)
+        flags = "; ".join(f"{flag} ({format_bytes(p.memory.peak_bytes)})" for flag, p in variants(request))
+        closest = f"Closest that fit: {flags}" if flags else "Nothing near it fits; name a smaller model with --model"
+        raise PlanError(
+            f"needs {format_bytes(memory.peak_bytes)}, {format_bytes(memory.free_bytes)} are free on {memory.device} "
+            f"({named}). {closest}."
+        )
+    free = request.hardware.disk_free_bytes
+    if plan.disk_bytes > free:
+        raise PlanError(
+            f"needs {format_bytes(plan.disk_bytes)} of disk for {plan.keep_checkpoints.value} checkpoints and a result, "
+            f"{format_bytes(free)} are free. Free some, choose another disk with --output, or pass --set save.keep=2."
+        )

@@ -1,0 +1,30 @@
+"""Base models: where they are, what shape they have, and how weights and adapters are loaded."""
+
+from typing import TYPE_CHECKING
+
+from llmtune.models.locate import ModelLocation, locate, preset_of
+from llmtune.models.spec import LinearModule, ModelSpec, read_spec, spec_from_entry
+
+if TYPE_CHECKING:
+    from llmtune.models.load import load_for_training, load_tokenizer, load_tuned
+
+__all__ = [
+    "LinearModule",
+    "ModelLocation",
+    "ModelSpec",
+    "load_for_training",
+    "load_tokenizer",
+    "load_tuned",
+    "locate",
+    "preset_of",
+    "read_spec",
+    "spec_from_entry",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in ("load_for_training", "load_tokenizer", "load_tuned"):  # these import torch
+        from llmtune.models import load
+
+        return getattr(load, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,155 @@
+"""Weights, tokenizer and adapter into memory, as the plan says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmtune.errors import ModelError
+from llmtune.models.locate import ModelLocation
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+def load_tokenizer(location: ModelLocation, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    """The model's fast tokenizer, with a padding token that is not the stop token wherever one can be had.
+
+    Args:
+        location: The model.
+        chat_template: Jinja text that replaces the tokenizer's own template.
+
+    Raises:
+        ModelError: The repository has no usable tokenizer.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location.source, **location.load_arguments())
+    except (OSError, ValueError, ImportError) as error:
+        text = " ".join(str(error).split())[:300]
+        raise ModelError(f"model '{location.id}': its tokenizer cannot be loaded: {text}") from None
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"model '{location.id}': only a slow tokenizer is available, and supervision needs character offsets; "
+            "install 'llmtune[sentencepiece]' so that it can be converted"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"model '{location.id}': its tokenizer names no eos token, so an answer could never end")
+    if tokenizer.pad_token_id is None:
+        # Padding is masked by position, never by token id, so sharing an id with eos cannot mask the stop token.
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def load_for_training(
+    location: ModelLocation,
+    *,
+    precision: str,
+    method: str,
+    quantization: str | None,
+    rank: int,
+    alpha: int,
+    dropout: float,
+    targets: Sequence[str],
+    device: str,
+) -> PreTrainedModel | PeftModel:
+    """The base model with what will be trained attached to it.
+
+    Base weights are held in ``precision`` for lora, in 4 or 8 bits with ``precision`` arithmetic for qlora, and in fp32
+    for full fine-tuning (updates smaller than a bf16 step would be lost). Adapter weights are fp32 masters.
+
+    Raises:
+        ModelError: The weights cannot be loaded, or no module matches ``targets``.
+    """
+    import torch
+
+    dtype = torch.float32 if method == "full" else getattr(torch, DTYPES[precision])
+    model = _load_base(location, dtype=dtype, quantization=quantization, device=device)
+    if method == "full":
+        return model
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if quantization is not None:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules="all-linear" if "all-linear" in targets else list(targets),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=location.source,
+        revision=location.revision,
+    )
+    try:
+        return get_peft_model(model, lora)
+    except ValueError as error:
+        raise ModelError(f"model '{location.id}': no adapter can be attached: {error}") from None
+
+
+def _load_base(
+    location: ModelLocation, *, dtype: torch.dtype, quantization: str | None, device: str
+) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    arguments: dict[str, Any] = location.load_arguments() | {"dtype": dtype}
+    if quantization is not None:
+        arguments |= {"quantization_config": quantization_config(quantization, dtype), "device_map": {"": device}}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(location.source, **arguments)
+    except (OSError, ValueError, RuntimeError) as error:
+        if "out of memory" in str(error).lower():
+            raise
+        text = " ".join(str(error).split())[:400]
+        raise ModelError(f"model '{location.id}': its weights cannot be loaded: {text}") from error
+    return model
+
+
+def quantization_config(quantization: str, compute_dtype: torch.dtype) -> Any:
+    """bitsandbytes settings: NF4 with double quantisation (QLoRA, arXiv:2305.14314), or LLM.int8()."""
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def load_tuned(
+    location: ModelLocation,
+    *,
+    adapter_dir: Path | None,
+    model_dir: Path | None,
+    precision: str,
+    quantization: str | None,
+    device: str,
+) -> PreTrainedModel | PeftModel:
+    """A finished run's model, ready to answer: base plus adapter, or the fully tuned model.
+
+    The base keeps the precision it was trained against, so that what is evaluated is what was trained.
+    """
+    import torch
+
+    dtype = getattr(torch, DTYPES[precision])
+    if model_dir is not None:
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=torch.float32)
+        return model.to(device).eval()
+    base = _load_base(location, dtype=dtype, quantization=quantization, device=device)
+    if adapter_dir is not None:
+        from peft import PeftModel
+
+        base = PeftModel.from_pretrained(base, str(adapter_dir))
+    return (base if quantization is not None else base.to(device)).eval()

@@ -1,0 +1,146 @@
+"""What a model is, without its weights: shape, exact parameter count and the linear modules an adapter can sit on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from llmtune.presets import CatalogueEntry, ModelShape
+
+if TYPE_CHECKING:
+    from llmtune.models.locate import ModelLocation
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearModule:
+    """All linear modules of one name inside the decoder layers: ``name``, in and out width, how many there are."""
+
+    name: str
+    in_features: int
+    out_features: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """A causal language model as the planner sees it.
+
+    Attributes:
+        parameters: Exact count where the configuration was read, the catalogue's count otherwise.
+        context: Longest sequence in tokens that the position embedding covers.
+        linears: Linear modules inside the decoder layers, the head excluded.
+        known_from: ``config`` (read from the model) or ``catalogue`` (nothing was downloaded).
+    """
+
+    id: str
+    family: str
+    model_type: str
+    architecture: str
+    shape: ModelShape
+    parameters: int
+    context: int
+    linears: tuple[LinearModule, ...]
+    known_from: str
+
+    @property
+    def block_parameters(self) -> int:
+        """Weights of the linear modules inside the decoder layers (``N_b`` of the formulas)."""
+        return sum(m.in_features * m.out_features * m.count for m in self.linears)
+
+    @property
+    def head_parameters(self) -> int:
+        """``vocabulary × hidden`` (``N_h`` of the formulas), whether or not it is tied to the embedding."""
+        return self.shape.vocabulary * self.shape.hidden
+
+    def targeted(self, targets: tuple[str, ...]) -> tuple[LinearModule, ...]:
+        """The linear modules that an adapter with these targets sits on; ``all-linear`` means all."""
+        if "all-linear" in targets:
+            return self.linears
+        return tuple(module for module in self.linears if module.name in targets)
+
+    def adapter_parameters(self, rank: int, targets: tuple[str, ...]) -> int:
+        """Trainable parameters of a LoRA adapter: ``rank × (in + out)`` per targeted module."""
+        return sum(rank * (m.in_features + m.out_features) * m.count for m in self.targeted(targets))
+
+
+def read_spec(location: ModelLocation, family: str) -> ModelSpec:
+    """Build the model on the meta device (no memory, no download) and read off shape and exact counts."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.pytorch_utils import Conv1D
+
+    config = location.config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=location.trust_remote_code)
+    head = model.get_output_embeddings()
+    counts: Counter[tuple[str, int, int]] = Counter()
+    for path, module in model.named_modules():
+        if module is head:
+            continue
+        if isinstance(module, torch.nn.Linear):
+            counts[path.rsplit(".", 1)[-1], module.in_features, module.out_features] += 1
+        elif isinstance(module, Conv1D):  # GPT-2's transposed linear
+            counts[path.rsplit(".", 1)[-1], module.weight.shape[0], module.weight.shape[1]] += 1
+    linears = tuple(LinearModule(name=n, in_features=i, out_features=o, count=c) for (n, i, o), c in counts.items())
+    return ModelSpec(
+        id=location.id,
+        family=family,
+        model_type=config.model_type,
+        architecture=type(model).__name__,
+        shape=_shape_of(config, linears, tied=bool(getattr(config, "tie_word_embeddings", False))),
+        parameters=sum(p.numel() for p in model.parameters()),
+        context=context_of(config),
+        linears=linears,
+        known_from="config",
+    )
+
+
+def context_of(config: Any) -> int:
+    """Longest sequence of a Hugging Face configuration, in tokens."""
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length"):
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return 2048  # no position limit is recorded (ALiBi and state-space models); a safe training length
+
+
+def _shape_of(config: Any, linears: tuple[LinearModule, ...], *, tied: bool) -> ModelShape:
+    text = config.get_text_config()
+    hidden, heads = text.hidden_size, text.num_attention_heads
+    names = {module.name for module in linears}
+    return ModelShape(
+        hidden=hidden,
+        layers=text.num_hidden_layers,
+        heads=heads,
+        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
+        head_dim=getattr(text, "head_dim", None) or hidden // heads,
+        mlp_width=getattr(text, "intermediate_size", None) or 4 * hidden,
+        vocabulary=text.vocab_size,
+        gated_mlp=bool(names & {"gate_proj", "gate_up_proj"}),
+        tied_head=tied,
+    )
+
+
+def spec_from_entry(entry: CatalogueEntry) -> ModelSpec:
+    """The spec of a catalogued model, without reading anything of it."""
+    s = entry.shape
+    q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
+    mlp = [("up_proj", s.hidden, s.mlp_width), ("down_proj", s.mlp_width, s.hidden)]
+    if s.gated_mlp:
+        mlp.append(("gate_proj", s.hidden, s.mlp_width))
+    attention = [("q_proj", s.hidden, q), ("k_proj", s.hidden, kv), ("v_proj", s.hidden, kv), ("o_proj", q, s.hidden)]
+    return ModelSpec(
+        id=entry.id,
+        family=entry.family,
+        model_type=entry.family,
+        architecture="as catalogued",
+        shape=s,
+        parameters=entry.parameters,
+        context=entry.context,
+        linears=tuple(
+            LinearModule(name=n, in_features=i, out_features=o, count=s.layers) for n, i, o in [*attention, *mlp]
+        ),
+        known_from="catalogue",
+    )

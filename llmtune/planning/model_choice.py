@@ -1,0 +1,52 @@
+"""``model="auto"``: the best catalogued model that fits this machine and trains in reasonable time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from llmtune.errors import PlanError
+from llmtune.planning.choice import Choice
+from llmtune.planning.plan import Plan
+from llmtune.presets import CatalogueEntry, catalogue
+from llmtune.units import format_bytes, format_count, format_seconds
+
+# A run that people can wait for: started in the evening, done in the morning.
+TIME_BUDGET_SECONDS = 8 * 3600
+BUILTIN_FAMILY = "tiny"
+
+
+def choose_model(plan_of: Callable[[CatalogueEntry], Plan]) -> tuple[CatalogueEntry, Choice[str]]:
+    """Pick the catalogue's best entry for this machine and data.
+
+    Open entries only (a gated one needs a licence accepted first) and never the builtin one. The largest that fits
+    memory and the time budget wins; instruction-tuned before base, then the order of the catalogue.
+
+    Args:
+        plan_of: Makes the plan of one entry; memory and time are read from it.
+
+    Raises:
+        PlanError: Nothing in the catalogue fits.
+    """
+    entries = [entry for entry in catalogue() if entry.family != BUILTIN_FAMILY and not entry.gated]
+    ranked = sorted(entries, key=lambda entry: (-entry.parameters, not entry.instruct))
+    smallest: tuple[CatalogueEntry, Plan] | None = None
+    larger: str | None = None
+    for entry in ranked:
+        plan = plan_of(entry)
+        if not plan.fits:
+            larger = f"{entry.id} would need {format_bytes(plan.memory.peak_bytes)}"
+            continue
+        smallest = (entry, plan)
+        if plan.time.total_seconds <= TIME_BUDGET_SECONDS:
+            size = format_count(entry.parameters)
+            reason = f"the largest open model ({size} parameters) that fits {format_bytes(plan.memory.free_bytes)}"
+            reason += f" and trains within {format_seconds(TIME_BUDGET_SECONDS)}"
+            return entry, Choice(entry.id, f"{reason}; {larger}" if larger else reason, "derived")
+        larger = f"{entry.id} would take about {format_seconds(plan.time.total_seconds)}"
+    if smallest is None:
+        raise PlanError(
+            f"no catalogued model fits this machine ({larger}). Free memory, or name a smaller model with --model"
+        )
+    entry, plan = smallest
+    took = format_seconds(plan.time.total_seconds)
+    return entry, Choice(entry.id, f"the smallest open model that fits; it will take about {took} here", "derived")

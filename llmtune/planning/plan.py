@@ -1,0 +1,140 @@
+"""Everything a run will do, with a reason for each number. Frozen; written to the run before weights load."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from llmtune.planning.choice import Choice
+from llmtune.planning.memory import MemoryEstimate
+from llmtune.planning.timing import TimeEstimate
+from llmtune.units import format_bytes, format_seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """One run, decided. Every field but the last five is a ``Choice``.
+
+    Attributes:
+        processes: Ranks that train together.
+        max_length: Longest row, in tokens.
+        updates: Optimizer steps of the whole run.
+        token_budget: Most padded tokens per forward pass on one device.
+        micro_batch_size: Most rows per forward pass on one device.
+        accumulation: Forward passes per update on one device, on average (a description, not a setting: one data
+            loader item is one update and holds as many micro-batches as its rows need).
+        disk_bytes: What the checkpoints that are kept, one being written and the result take on disk.
+        patience: Evaluations without improvement before stopping; None never stops early.
+    """
+
+    model: Choice[str]
+    preset: Choice[str]
+    data_size: Choice[str]
+    method: Choice[str]
+    quantization: Choice[str | None]
+    precision: Choice[str]
+    device: Choice[str]
+    processes: Choice[int]
+    max_length: Choice[int]
+    epochs: Choice[float]
+    updates: Choice[int]
+    global_batch_size: Choice[int]
+    token_budget: Choice[int]
+    micro_batch_size: Choice[int]
+    accumulation: Choice[int]
+    activation_checkpointing: Choice[bool]
+    attention: Choice[str]
+    optimizer: Choice[str]
+    learning_rate: Choice[float]
+    schedule: Choice[str]
+    warmup_updates: Choice[int]
+    weight_decay: Choice[float]
+    max_grad_norm: Choice[float]
+    rank: Choice[int]
+    alpha: Choice[int]
+    dropout: Choice[float]
+    targets: Choice[tuple[str, ...]]
+    evaluate_every_steps: Choice[int]
+    save_every_steps: Choice[int]
+    keep_checkpoints: Choice[int]
+    patience: Choice[int | None]
+    num_workers: Choice[int]
+    seed: Choice[int]
+    memory: MemoryEstimate
+    time: TimeEstimate
+    disk_bytes: int
+    fits: bool
+    notices: tuple[str, ...]
+
+    def choices(self) -> Iterator[tuple[str, Choice[Any]]]:
+        """Name and choice of every decision, in the order of the fields."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Choice):
+                yield field.name, value
+
+    @property
+    def autocast(self) -> bool:
+        """Whether the forward pass is autocast: full fine-tuning keeps fp32 weights, fp16 needs loss scaling."""
+        return self.precision.value == "fp16" or (self.method.value == "full" and self.precision.value == "bf16")
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of ``plan --json`` and ``plan.json``."""
+        return {
+            "choices": {name: choice.to_json() for name, choice in self.choices()},
+            "memory": self.memory.to_json(),
+            "time": self.time.to_json(),
+            "disk_bytes": self.disk_bytes,
+            "fits": self.fits,
+            "notices": list(self.notices),
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Plan:
+        """The inverse of ``to_json``."""
+        choices = {
+            name: Choice(tuple(c["value"]) if name == "targets" else c["value"], c["reason"], c["source"])
+            for name, c in document["choices"].items()
+        }
+        return cls(
+            **choices,
+            memory=MemoryEstimate.from_json(document["memory"]),
+            time=TimeEstimate.from_json(document["time"]),
+            disk_bytes=document["disk_bytes"],
+            fits=document["fits"],
+            notices=tuple(document["notices"]),
+        )
+
+    def rows(self) -> list[tuple[str, str, str, str]]:
+        """The plan as table rows: choice, value, source, reason."""
+        return [(name.replace("_", " "), _shown(c.value), c.source, c.reason) for name, c in self.choices()]
+
+    def summary(self) -> str:
+        """Memory and time in one sentence."""
+        memory = self.memory
+        terms = sorted(memory.terms.items(), key=lambda item: -item[1])
+        parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in terms if size)
+        return (
+            f"Memory: {format_bytes(memory.peak_bytes)} of {format_bytes(memory.free_bytes)} free on {memory.device} "
+            f"({parts}). Time: about {format_seconds(self.time.total_seconds)} for {self.updates.value} updates."
+        )
+
+    def __str__(self) -> str:
+        """The plan as an aligned table, with memory and time below it."""
+        rows = self.rows()
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row[:3], widths, strict=True)), row[3]]) for row in rows]
+        return "\n".join([*lines, "", self.summary(), *self.notices])
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, tuple):
+        return ", ".join(str(part) for part in value)
+    return str(value)

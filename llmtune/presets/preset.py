@@ -1,0 +1,153 @@
+"""One model family: what it is recognised by, how it is tuned, which models it has."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from llmtune.errors import ConfigError, did_you_mean
+from llmtune.presets.checks import problems_of
+from llmtune.presets.facts import GOALS, SIZES, CatalogueEntry, Level, ModelShape, Recognition
+from llmtune.presets.reading import preset_files, read_preset
+
+GENERIC = "generic"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preset:
+    """Everything llmtune knows about tuning one model family.
+
+    Attributes:
+        family: Short name, which is also the name of its file.
+        lora_targets: Names of the linear modules an adapter sits on, over all architectures of the family, or
+            ``("all-linear",)``.
+        chat_template: Jinja template for models whose tokenizer brings none; None when it always brings one.
+        levels: Goal -> size of the data -> numbers.
+        notice: What a user should know when this preset is used.
+    """
+
+    family: str
+    title: str
+    recognition: Recognition
+    lora_targets: tuple[str, ...]
+    chat_template: str | None
+    levels: Mapping[str, Mapping[str, Level]]
+    catalogue: tuple[CatalogueEntry, ...]
+    notice: str | None = None
+
+    @classmethod
+    def families(cls) -> tuple[str, ...]:
+        """The families that have a preset, ``generic`` last."""
+        return tuple(sorted(preset_files(), key=lambda family: (family == GENERIC, family)))
+
+    @classmethod
+    def load(cls, family: str) -> Preset:
+        """The shipped preset of a family.
+
+        Raises:
+            ConfigError: There is no preset of that name.
+        """
+        if family not in preset_files():
+            raise ConfigError("presets", [f"no preset '{family}'{did_you_mean(family, cls.families())}"])
+        return _load(family)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Preset:
+        """A preset from a YAML file of the same form as the shipped ones; ``validate`` checks its numbers.
+
+        Raises:
+            ConfigError: The file cannot be read, or has unknown, missing or ill-typed entries.
+        """
+        return cls(**read_preset(Path(path)))
+
+    @classmethod
+    def recognise(
+        cls,
+        model_type: str | None = None,
+        architecture: str | None = None,
+        name: str | None = None,
+        shape: ModelShape | None = None,
+    ) -> Preset:
+        """The preset of the family a model belongs to: told by name, then shape, architecture, model type.
+
+        A name or shape counts only where architecture and model type, if known, agree with it.
+
+        Returns:
+            The family's preset, or the generic one, which carries a notice.
+        """
+        presets = [cls.load(family) for family in cls.families() if family != GENERIC]
+        possible = [preset for preset in presets if preset.recognition.allows(model_type, architecture)]
+        if name is not None:
+            for preset in possible:
+                if preset.recognition.matches_name(name):
+                    return preset
+        for preset in possible:
+            if any(entry.shape == shape for entry in preset.catalogue):
+                return preset
+        sufficient = [preset for preset in presets if not preset.recognition.name_required]
+        for preset in sufficient:
+            if architecture in preset.recognition.architectures:
+                return preset
+        for preset in sufficient:
+            if architecture is None and model_type in preset.recognition.model_types:
+                return preset
+        return cls.load(GENERIC)
+
+    @classmethod
+    def custom(cls, requirements: Mapping[str, Any]) -> Preset:
+        """A preset made to requirements: a family's, with numbers of its levels replaced and its catalogue filtered.
+
+        Args:
+            requirements: ``family`` to start from (generic when not given); any number of a level, such as ``epochs``
+                or ``rank``, for every level or only those of ``goal`` and ``size``; ``max_memory`` such as ``8GiB``
+                keeps the models that fit, with ``method`` or with any method. A new rank without a new alpha keeps
+                their ratio.
+
+        Raises:
+            ConfigError: A requirement is unknown or out of range, or no model of the family fits; all are listed.
+        """
+        from llmtune.presets.custom import customise
+
+        return customise(requirements)
+
+    def level(self, goal: str, size: str) -> Level:
+        """The numbers for a goal (``quality``) and a size of the data (``small``; see ``dataset_size``).
+
+        Raises:
+            ConfigError: Goal or size is unknown.
+        """
+        problems = [
+            f"{what} '{given}' is unknown{did_you_mean(given, known)}"
+            for what, given, known in (("goal", goal, GOALS), ("size", size, SIZES))
+            if given not in known
+        ]
+        if problems:
+            raise ConfigError(f"preset {self.family}", problems)
+        return self.levels[goal][size]
+
+    def validate(self) -> tuple[bool, list[str]]:
+        """Whether the preset can be used, and one sentence per problem."""
+        problems = problems_of(self)
+        return not problems, problems
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as ``llmtune presets FAMILY --json`` prints them."""
+        return asdict(self)
+
+
+@cache
+def _load(family: str) -> Preset:
+    return Preset(**read_preset(preset_files()[family]))
+
+
+def catalogue() -> tuple[CatalogueEntry, ...]:
+    """Every model of every family."""
+    return tuple(entry for family in Preset.families() for entry in Preset.load(family).catalogue)
+
+
+def find_entry(model_id: str) -> CatalogueEntry | None:
+    """The catalogue's entry of a model, or None when it is not catalogued."""
+    return next((entry for entry in catalogue() if entry.id == model_id), None)

@@ -1,0 +1,17 @@
+"""The account of a run for people: what happened, whether it helped, what to do next."""
+
+from llmtune.reporting.facts import Curve, EvaluationRow, Metric, Prediction, RunSummary, Sample, Verdict
+from llmtune.reporting.report import write_report
+from llmtune.reporting.summary import summarise
+
+__all__ = [
+    "Curve",
+    "EvaluationRow",
+    "Metric",
+    "Prediction",
+    "RunSummary",
+    "Sample",
+    "Verdict",
+    "summarise",
+    "write_report",
+]

@@ -1,0 +1,179 @@
+"""What a report tells, as frozen facts. How it is read from a run is in ``summary``, how it is drawn in ``charts``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from llmtune.runs import as_json
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """Whether tuning helped, in plain words."""
+
+    kind: Literal["better", "not_better", "no_evaluation"]
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """One predicted quantity beside what was measured; None where there is nothing to tell."""
+
+    name: str
+    unit: Literal["bytes", "seconds"]
+    predicted: float | None
+    measured: float | None
+
+    @property
+    def error(self) -> float | None:
+        """Relative error of the prediction: 0.1 when 10 % more was predicted than measured."""
+        if not self.predicted or not self.measured:
+            return None
+        return self.predicted / self.measured - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRow:
+    """One choice of the plan in force."""
+
+    choice: str
+    value: Any
+    reason: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanChange:
+    """One value that a later plan changed."""
+
+    plan: str
+    choice: str
+    before: Any
+    after: Any
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Happening:
+    """Something that did not go as planned, or what was done about it."""
+
+    time: str
+    step: int
+    event: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FailureNote:
+    """One report in ``failures/``."""
+
+    file: str
+    kind: str
+    cause: str
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """One quality measure of the base model and of the result."""
+
+    name: str
+    base: float | None
+    tuned: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationRow:
+    """One evaluation during training."""
+
+    step: int
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """What the base model and the tuned model answered to the same prompt."""
+
+    prompt: str
+    base: str | None
+    tuned: str | None
+    reference: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """One quantity over steps; NaN and infinities are kept."""
+
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataProblem:
+    """One problem that was found in the data."""
+
+    file: str
+    line: str
+    field: str
+    problem: str
+    hint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSummary:
+    """One run, told from its directory alone.
+
+    Attributes:
+        state: What became of the run, in one sentence.
+        non_finite_steps: Steps whose loss or gradient norm was NaN or infinite.
+        note: What the evaluations say about overfitting, or None.
+        data, environment: Rows of name and value.
+        next_commands: Rows of purpose and command.
+        curves: By name of the quantity; not part of ``to_json``.
+    """
+
+    name: str
+    dir: str
+    status: str
+    model: str | None
+    data_name: str | None
+    preset: str | None
+    command: str | None
+    started: str | None
+    finished: str | None
+    steps: int
+    steps_planned: int | None
+    best: Mapping[str, Any] | None
+    state: str
+    verdict: Verdict
+    note: str | None
+    metrics: tuple[Metric, ...]
+    predictions: tuple[Prediction, ...]
+    tokens: int | None
+    supervised_tokens: int | None
+    tokens_per_second: float | None
+    non_finite_steps: int
+    happenings: tuple[Happening, ...]
+    failures: tuple[FailureNote, ...]
+    plan: tuple[PlanRow, ...]
+    plan_notices: tuple[str, ...]
+    plan_changes: tuple[PlanChange, ...]
+    memory_terms: Mapping[str, float]
+    evaluations: tuple[EvaluationRow, ...]
+    samples: tuple[Sample, ...]
+    data: tuple[tuple[str, Any], ...]
+    data_problems: tuple[DataProblem, ...]
+    environment: tuple[tuple[str, Any], ...]
+    next_commands: tuple[tuple[str, str], ...]
+    curves: Mapping[str, Curve]
+
+    def to_json(self) -> dict[str, Any]:
+        """The summary as ``show --json`` prints it; the keys of ``runs --json`` are among its keys."""
+        document = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "curves"}
+        data_name, rows = document.pop("data_name"), document.pop("data")
+        document |= {"data": data_name, "data_report": dict(rows), "environment": dict(self.environment)}
+        document["next_commands"] = dict(self.next_commands)
+        plain: dict[str, Any] = as_json(document)
+        return plain

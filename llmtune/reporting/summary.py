@@ -1,0 +1,312 @@
+"""Reads a run directory, whatever parts of it there are, into a :class:`RunSummary`."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from llmtune.errors import RunNotFoundError
+from llmtune.reporting.facts import (
+    Curve,
+    DataProblem,
+    EvaluationRow,
+    FailureNote,
+    Happening,
+    Metric,
+    PlanChange,
+    PlanRow,
+    Prediction,
+    RunSummary,
+    Sample,
+)
+from llmtune.reporting.verdict import judge, overfitting_note, state_sentence
+from llmtune.runs import RunDirectory, number
+
+HAPPENINGS = ("incident", "recovery", "checkpoint_rejected", "early_stop", "preempted", "run_failed")
+CURVES = ("loss", "learning_rate", "grad_norm", "tokens_per_second", "memory_bytes")
+
+
+def summarise(run_dir: Path | str) -> RunSummary:
+    """Tell one run from the files in its directory; parts that are missing or damaged are left out.
+
+    Raises:
+        RunNotFoundError: There is no run.
+    """
+    run = RunDirectory.open(run_dir)
+    document = run.run
+    events = list(run.events())
+    steps, evaluations = run.steps(), _evaluations(run.evaluations())
+    plans = [_mapping(_optional(run, path.name)) for path in run.plans]
+    plan = plans[-1] if plans else {}
+    happenings = tuple(_happening(event) for event in events if event["event"] in HAPPENINGS)
+    failures = tuple(_failures(run))
+    metrics = _metrics(_mapping(document.get("metrics")), evaluations)
+    done = max((step["step"] for step in steps), default=0)
+    planned = _planned_steps(plan)
+    status = str(document.get("status", "planned"))
+    data_report = _mapping(_optional(run, "data_report.json"))
+    return RunSummary(
+        name=run.name,
+        dir=str(run.path),
+        status=status,
+        model=_text(document.get("model")),
+        data_name=_text(document.get("data")),
+        preset=_text(document.get("preset")),
+        command=_command(document.get("command")),
+        started=_text(document.get("started")),
+        finished=_text(document.get("finished")),
+        steps=done,
+        steps_planned=planned,
+        best=_mapping(document.get("best")) or None,
+        state=state_sentence(status=status, is_live=run.is_live, step=done, of=planned, failures=failures),
+        verdict=judge(metrics, is_over=status == "finished"),
+        note=overfitting_note(evaluations),
+        metrics=metrics,
+        predictions=_predictions(plan, steps, events, is_over=status == "finished"),
+        tokens=_total(steps, "num_tokens"),
+        supervised_tokens=_total(steps, "num_supervised_tokens"),
+        tokens_per_second=_median(steps, "tokens_per_second"),
+        non_finite_steps=sum(_is_non_finite(step) for step in steps),
+        happenings=happenings,
+        failures=failures,
+        plan=tuple(_plan_rows(plan)),
+        plan_notices=tuple(str(notice) for notice in _list(plan.get("notices"))),
+        plan_changes=tuple(_plan_changes(plans, [path.name for path in run.plans])),
+        memory_terms=_numbers(_mapping(_mapping(plan.get("memory")).get("terms"))),
+        evaluations=evaluations,
+        samples=tuple(_samples(events)),
+        data=tuple(_flat({key: value for key, value in data_report.items() if key != "problems"})),
+        data_problems=tuple(_problem(entry) for entry in _list(data_report.get("problems"))),
+        environment=tuple(_flat(_mapping(_optional(run, "environment.json")))),
+        next_commands=tuple(_next_commands(run, status)),
+        curves=_curves(steps, evaluations),
+    )
+
+
+# ---------------------------------------------------------------------- what was measured
+
+
+def _evaluations(events: Iterable[Mapping[str, Any]]) -> tuple[EvaluationRow, ...]:
+    rows = (EvaluationRow(step=event["step"], values=_numbers(event, without=("step",))) for event in events)
+    return tuple(row for row in rows if row.values)
+
+
+def _metrics(recorded: Mapping[str, Any], evaluations: tuple[EvaluationRow, ...]) -> tuple[Metric, ...]:
+    """Quality measures, base beside tuned: from ``run.json``, else from the first and last evaluation."""
+    known = _numbers(recorded)
+    if not known and evaluations:
+        first, last = evaluations[0], evaluations[-1]
+        known = _measures(last) if last.step > 0 else {}
+        known |= {f"base_{name}": value for name, value in _measures(first).items() if first.step == 0}
+    names = dict.fromkeys(name.removeprefix("base_") for name in known)
+    return tuple(Metric(name=name, base=known.get(f"base_{name}"), tuned=known.get(name)) for name in names)
+
+
+def _measures(row: EvaluationRow) -> dict[str, float]:
+    return {name: value for name, value in row.values.items() if not name.endswith("_seconds") and name[:4] != "num_"}
+
+
+def _predictions(
+    plan: Mapping[str, Any], steps: list[dict[str, Any]], events: list[dict[str, Any]], *, is_over: bool
+) -> tuple[Prediction, ...]:
+    memory, time = _mapping(plan.get("memory")), _mapping(plan.get("time"))
+    peaks = [peak for step in steps if (peak := number(step.get("memory_bytes"))) is not None]
+    found = (
+        Prediction(
+            name=f"peak memory on {memory.get('device', 'the device')}",
+            unit="bytes",
+            predicted=number(memory.get("peak_bytes")),
+            measured=max(peaks, default=None),
+        ),
+        Prediction(
+            name="time of one step (median)",
+            unit="seconds",
+            predicted=number(time.get("step_seconds")),
+            measured=_median(steps, "step_seconds"),
+        ),
+        Prediction(
+            name="time of the whole run",
+            unit="seconds",
+            predicted=number(time.get("total_seconds")),
+            measured=_active_seconds(events) if is_over else None,
+        ),
+    )
+    return tuple(item for item in found if item.predicted is not None or item.measured is not None)
+
+
+def _active_seconds(events: Iterable[Mapping[str, Any]]) -> float | None:
+    """Seconds in which the run was worked on: from each start to the last event before the next."""
+    total, begun, last = 0.0, None, None
+    for event in events:
+        moment = _moment(event.get("time"))
+        if moment is None:
+            continue
+        if begun is None or last is None or event["event"] == "run_started":
+            total += (last - begun).total_seconds() if begun and last else 0.0
+            begun = moment
+        last = moment
+    return total + (last - begun).total_seconds() if begun and last else None
+
+
+def _curves(steps: list[dict[str, Any]], evaluations: tuple[EvaluationRow, ...]) -> dict[str, Curve]:
+    curves = {}
+    for name in CURVES:
+        points = [(step["step"], value) for step in steps if (value := number(step.get(name))) is not None]
+        curves[name] = points
+    curves["eval_loss"] = [(row.step, row.values["eval_loss"]) for row in evaluations if "eval_loss" in row.values]
+    return {
+        name: Curve(steps=tuple(x for x, _ in points), values=tuple(y for _, y in points))
+        for name, points in curves.items()
+        if points
+    }
+
+
+def _is_non_finite(step: Mapping[str, Any]) -> bool:
+    values = (number(step.get(name)) for name in ("loss", "grad_norm"))
+    return any(value is not None and not math.isfinite(value) for value in values)
+
+
+def _finite(steps: list[dict[str, Any]], name: str) -> list[float]:
+    values = (number(step.get(name)) for step in steps)
+    return [value for value in values if value is not None and math.isfinite(value)]
+
+
+def _total(steps: list[dict[str, Any]], name: str) -> int | None:
+    values = _finite(steps, name)
+    return int(sum(values)) if values else None
+
+
+def _median(steps: list[dict[str, Any]], name: str) -> float | None:
+    values = _finite(steps, name)
+    return median(values) if values else None
+
+
+# ---------------------------------------------------------------------- what happened
+
+
+def _happening(event: Mapping[str, Any]) -> Happening:
+    told = {key: value for key, value in event.items() if key not in ("time", "event", "step") and value is not None}
+    text = "; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in _flat(told))
+    return Happening(time=str(event.get("time", "")), step=event["step"], event=str(event["event"]), text=text)
+
+
+def _failures(run: RunDirectory) -> Iterator[FailureNote]:
+    for path in sorted((run.path / "failures").glob("*.json")):
+        document = _mapping(_optional(run, f"failures/{path.name}"))
+        yield FailureNote(
+            file=f"failures/{path.name}",
+            kind=str(document.get("kind", "unknown")),
+            cause=str(document.get("cause", "the report cannot be read")),
+            remedy=str(document.get("remedy", "")),
+        )
+
+
+def _samples(events: Iterable[Mapping[str, Any]]) -> Iterator[Sample]:
+    """The last sample of each prompt, in the order in which prompts first came."""
+    last = {}
+    for event in events:
+        if event["event"] == "sample" and "prompt" in event:
+            last[str(event["prompt"])] = event
+    for prompt, event in last.items():
+        yield Sample(
+            prompt=prompt,
+            base=_text(event.get("base")),
+            tuned=_text(event.get("tuned")),
+            reference=_text(event.get("reference")),
+        )
+
+
+def _problem(entry: Any) -> DataProblem:
+    row = _mapping(entry)
+    kept = {key: str(row.get(key) or "") for key in ("file", "line", "field", "problem", "hint")}
+    return DataProblem(**kept)
+
+
+# ---------------------------------------------------------------------- what was planned
+
+
+def _planned_steps(plan: Mapping[str, Any]) -> int | None:
+    value = number(_mapping(_mapping(plan.get("choices")).get("updates")).get("value"))
+    return int(value) if value is not None and math.isfinite(value) else None
+
+
+def _plan_rows(plan: Mapping[str, Any]) -> Iterator[PlanRow]:
+    for name, entry in _mapping(plan.get("choices")).items():
+        choice = _mapping(entry)
+        reason, source = str(choice.get("reason", "")), str(choice.get("source", ""))
+        yield PlanRow(choice=name.replace("_", " "), value=choice.get("value"), reason=reason, source=source)
+
+
+def _plan_changes(plans: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Iterator[PlanChange]:
+    for earlier, later, name in zip(plans, plans[1:], names[1:], strict=False):
+        before = {row.choice: row.value for row in _plan_rows(earlier)}
+        for row in _plan_rows(later):
+            if row.choice not in before or before[row.choice] != row.value:
+                was = before.get(row.choice)
+                yield PlanChange(plan=name, choice=row.choice, before=was, after=row.value, reason=row.reason)
+
+
+def _next_commands(run: RunDirectory, status: str) -> Iterator[tuple[str, str]]:
+    place = shlex.quote(str(run.path))
+    if status != "finished":
+        yield "continue this run", f"llmtune resume {place}"
+    if run.final is not None:
+        yield "try it", f"llmtune chat {place}"
+        yield "measure it again", f"llmtune eval {place}"
+    yield "make this page again", f"llmtune report {place}"
+
+
+# ---------------------------------------------------------------------- reading what may be missing
+
+
+def _optional(run: RunDirectory, name: str) -> Any:
+    try:
+        return run.read_json(name)
+    except RunNotFoundError:  # a run that stopped early lacks parts; the report tells what there is
+        return None
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def _command(value: Any) -> str | None:
+    return shlex.join(str(part) for part in value) if isinstance(value, list) else _text(value)
+
+
+def _numbers(values: Mapping[str, Any], without: tuple[str, ...] = ()) -> dict[str, float]:
+    found = {name: number(value) for name, value in values.items() if name not in without}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _moment(value: Any) -> datetime | None:
+    try:
+        return datetime.fromisoformat(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def _flat(value: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Rows of a nested document: ``supervision.rows_truncated``; lists of plain values stay lists."""
+    for key, item in value.items():
+        name = f"{above}.{key}" if above else str(key)
+        if isinstance(item, dict):
+            yield from _flat(item, name)
+        elif isinstance(item, list) and any(isinstance(part, dict | list) for part in item):
+            for index, part in enumerate(item):
+                yield from _flat(part if isinstance(part, dict) else {"": part}, f"{name}.{index}")
+        else:
+            yield name, item

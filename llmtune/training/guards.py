@@ -1,0 +1,157 @@
+"""Callbacks that may stop or delete: signals, early stopping, checkpoint clean-up. They do not catch their errors."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from transformers import ExportableState, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from llmtune.checkpoints import retain
+from llmtune.console import speaker
+from llmtune.errors import ConfigError, Preempted
+from llmtune.runs import RunDirectory
+
+
+class StopSignal:
+    """Remembers SIGTERM and SIGINT; a second one ends the process at once."""
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+
+    def __call__(self) -> bool:
+        """Whether a signal has come."""
+        return self.received is not None
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Handle the signals inside this block; only possible in the main thread, elsewhere nothing changes."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            os._exit(Preempted.exit_code)
+        self.received = signal.Signals(number).name
+        os.write(2, b"\nstopping after this step and saving; once more to stop at once\n")
+
+
+class PreemptionGuard(TrainerCallback):  # type: ignore[misc]
+    """Saves and stops at the end of the step in which the ranks agreed to stop."""
+
+    def __init__(self, stop_agreed: Callable[[], bool]) -> None:
+        self._stop_agreed = stop_agreed
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask the Trainer to save and stop."""
+        if self._stop_agreed() and state.global_step < state.max_steps:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+class EarlyStopping(TrainerCallback, ExportableState):  # type: ignore[misc]
+    """Stops when ``metric`` has not improved by more than ``min_delta`` in ``patience`` evaluations.
+
+    Its state is part of every checkpoint, so that a resumed run stops where an uninterrupted one would.
+    """
+
+    def __init__(
+        self,
+        *,
+        metric: str,
+        greater_is_better: bool,
+        patience: int,
+        min_delta: float,
+        on_stop: Callable[[int, str], None],
+    ) -> None:
+        self._metric, self._greater, self._patience, self._min_delta = metric, greater_is_better, patience, min_delta
+        self._on_stop = on_stop
+        self.best: float | None = None
+        self.bad_evaluations = 0
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        return {"args": {}, "attributes": {"best": self.best, "bad_evaluations": self.bad_evaluations}}
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Continue from what a checkpoint kept."""
+        self.best = saved["attributes"]["best"]
+        self.bad_evaluations = saved["attributes"]["bad_evaluations"]
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Count evaluations without improvement; the base model's evaluation sets the mark to beat."""
+        value = (metrics or {})[self._metric]
+        gain = 0.0 if self.best is None else (value - self.best) * (1 if self._greater else -1)
+        if self.best is None or gain > self._min_delta:
+            self.best, self.bad_evaluations = value, 0
+            return
+        self.bad_evaluations += 1
+        if self.bad_evaluations >= self._patience:
+            reason = f"{self._metric} has not improved on {self.best:.4f} in {self._patience} evaluations"
+            control.should_training_stop = True
+            self._on_stop(state.global_step, reason)
+
+
+class MetricRequired(TrainerCallback):  # type: ignore[misc]
+    """Makes sure that the metric which chooses the best checkpoint is really measured, at the first evaluation."""
+
+    def __init__(self, metric: str) -> None:
+        self._metric = metric
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Refuse a metric that no evaluation gives."""
+        if self._metric not in (metrics or {}):
+            known = ", ".join(sorted(metrics or {}))
+            raise ConfigError("evaluate.metric", [f"got '{self._metric}', but evaluations measure {known}"])
+
+
+class CheckpointCleanup(TrainerCallback):  # type: ignore[misc]
+    """Deletes old checkpoints after each commit: the newest ones, the best and the newest healthy one stay."""
+
+    def __init__(self, run: RunDirectory, keep: int) -> None:
+        self._run, self._keep = run, keep
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Delete, and note each deletion."""
+        if not state.is_world_process_zero:
+            return
+        best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
+        for step in retain(self._run.checkpoints, keep=self._keep, best=best):
+            self._run.event("checkpoint_deleted", state.global_step, deleted_step=step)
+
+
+def early_stop_notice(run: RunDirectory) -> Callable[[int, str], None]:
+    """How an early stop is told: an event and a line."""
+
+    def tell(step: int, reason: str) -> None:
+        run.event("early_stop", step, reason=reason)
+        speaker.say(f"stopping early at step {step}: {reason}")
+
+    return tell

@@ -1,0 +1,86 @@
+"""The processes of one launch, and how they agree."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+PR_SET_PDEATHSIG = 1  # Linux prctl(2): the signal a process gets when its parent dies
+
+
+class Ranks:
+    """This process among those that train together; a launch of one process is the ordinary case.
+
+    Args:
+        on_cpu: Whether ranks talk over gloo on the CPU.
+    """
+
+    def __init__(self, *, on_cpu: bool) -> None:
+        from accelerate import PartialState
+
+        if "LOCAL_RANK" in os.environ:
+            follow_parent()
+        self._state = PartialState(cpu=on_cpu)
+
+    @property
+    def rank(self) -> int:
+        """Number of this process, 0 on the main one."""
+        return int(self._state.process_index)
+
+    @property
+    def size(self) -> int:
+        """How many processes train together."""
+        return int(self._state.num_processes)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the account of the run."""
+        return bool(self._state.is_main_process)
+
+    @property
+    def device(self) -> str:
+        """Torch's name of this process's device."""
+        return str(self._state.device)
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        self._state.wait_for_everyone()
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """A block that the main process leaves before the others enter it."""
+        if not self.is_main:
+            self.wait()
+        yield
+        if self.is_main:
+            self.wait()
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the model is spread over the ranks (FSDP, DeepSpeed), so that none can use it alone."""
+        from accelerate.utils import DistributedType
+
+        return self._state.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+    def from_main(self, value: T) -> T:
+        """The main process's ``value`` on every rank (pickled; sent only between ranks of this launch)."""
+        if self.size == 1:
+            return value
+        from accelerate.utils import broadcast_object_list
+
+        box: list[Any] = [value]
+        broadcast_object_list(box, from_process=0)
+        result: T = box[0]
+        return result
+
+
+def follow_parent() -> None:
+    """Ask the kernel to end this process when its launcher dies, so that no rank trains on unnoticed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)

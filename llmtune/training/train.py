@@ -1,0 +1,245 @@
+"""One training job from loaded model to saved result: watchers and guards attached, the loop run, the best kept."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from llmtune.checkpoints import newest_verified, replace_directory, sweep_leftovers
+from llmtune.checkpoints.listing import CheckpointInfo
+from llmtune.config import RunConfig
+from llmtune.console import speaker
+from llmtune.data import EncodedDataset
+from llmtune.errors import Preempted
+from llmtune.evaluation import Metric, Prompt, answer, as_base, prompts_of
+from llmtune.planning import Plan
+from llmtune.runs import RunDirectory
+from llmtune.training.arguments import greater_is_better, metric_key, training_arguments
+from llmtune.training.guards import (
+    CheckpointCleanup,
+    EarlyStopping,
+    MetricRequired,
+    PreemptionGuard,
+    StopSignal,
+    early_stop_notice,
+)
+from llmtune.training.ranks import Ranks
+from llmtune.training.trainer import LoopSettings, UpdateTrainer
+from llmtune.training.watchers import EventLog, ProgressDisplay, Watcher
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingJob:
+    """Everything a training needs; nothing here is decided any more.
+
+    Attributes:
+        model: Base model with adapter, or the whole model to tune.
+        checkpoint_facts: Identity of the run for the manifests.
+        callbacks: The user's own.
+        metrics: The user's own measures of generated answers, by name.
+    """
+
+    plan: Plan
+    config: RunConfig
+    run: RunDirectory
+    ranks: Ranks
+    model: Any
+    tokenizer: Any
+    train_data: EncodedDataset
+    eval_data: EncodedDataset | None
+    checkpoint_facts: Mapping[str, Any]
+    callbacks: Sequence[TrainerCallback]
+    metrics: Mapping[str, Metric]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingOutcome:
+    """What came out.
+
+    Attributes:
+        steps: Updates done.
+        metrics: ``train_loss``; with evaluation data ``eval_loss``, ``perplexity``, ``base_eval_loss`` and the user's.
+        best_step: Step whose weights were saved as the result; None without evaluation data.
+    """
+
+    steps: int
+    metrics: Mapping[str, float]
+    best_step: int | None
+
+
+def run_training(job: TrainingJob, resume_from: Path | None) -> TrainingOutcome:
+    """Train, keep the best, answer the sample prompts, save the result.
+
+    Raises:
+        Preempted: A signal came; the run was saved at the end of its step.
+    """
+    stop = StopSignal()
+    trainer = _trainer(job, stop, resumes=resume_from is not None)
+    evaluates = job.eval_data is not None
+    prompts = prompts_of(job.eval_data, job.tokenizer, job.config.evaluate.num_samples) if job.eval_data else []
+    base_answers = _base_answers(job, prompts, trainer.args.device)
+    with stop.listening():
+        result = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    if trainer.stop_agreed and trainer.state.global_step < trainer.state.max_steps:
+        raise Preempted(
+            f"stopped by {stop.received or 'a signal to another rank'} after step {trainer.state.global_step}"
+        )
+    best = trainer.restore_best() if evaluates else None
+    metrics = {"train_loss": _mean_loss(trainer.state.log_history, result.training_loss)}
+    if evaluates:
+        metrics |= _final_metrics(trainer.state.log_history, best)
+    _tell_samples(job, prompts, base_answers, trainer, best)
+    _save_final(job, trainer)
+    return TrainingOutcome(steps=trainer.state.global_step, metrics=metrics, best_step=best)
+
+
+def find_checkpoint(run: RunDirectory) -> Path | None:
+    """The newest checkpoint that verifies; what was rejected is an event and a warning. The caller holds the lock.
+
+    Raises:
+        CheckpointError: Checkpoints exist and none verifies.
+    """
+
+    def rejected(info: CheckpointInfo) -> None:
+        run.event("checkpoint_rejected", info.step, path=info.path.name, reason=info.reason)
+        speaker.warn(f"{info.path.name} is not used: {info.reason}")
+
+    sweep_leftovers(run.checkpoints)
+    return newest_verified(run.checkpoints, rejected)
+
+
+def _trainer(job: TrainingJob, stop: StopSignal, *, resumes: bool) -> UpdateTrainer:
+    plan, config, run = job.plan, job.config, job.run
+    evaluates = job.eval_data is not None
+    settings = LoopSettings(
+        global_batch_size=plan.global_batch_size.value,
+        token_budget=plan.token_budget.value,
+        micro_batch_size=plan.micro_batch_size.value,
+        checkpoint_facts=job.checkpoint_facts,
+        evaluate=_user_metrics(job) if job.metrics and evaluates else None,
+        stop_requested=stop,
+    )
+    arguments = training_arguments(plan, config, checkpoints=run.checkpoints, evaluates=evaluates, resumes=resumes)
+    trainer = UpdateTrainer(
+        model=job.model,
+        args=arguments,
+        train_data=job.train_data,
+        eval_data=job.eval_data,
+        tokenizer=job.tokenizer,
+        callbacks=[],
+        settings=settings,
+        ranks=job.ranks,
+    )
+    memory = _memory_meter(trainer.args.device)
+    if job.ranks.is_main:
+        trainer.add_callback(Watcher(EventLog(run, facts=lambda: trainer.last_update, memory_bytes=memory)))
+        trainer.add_callback(Watcher(ProgressDisplay(memory)))
+        trainer.add_callback(CheckpointCleanup(run, plan.keep_checkpoints.value))
+    trainer.add_callback(PreemptionGuard(lambda: trainer.stop_agreed))
+    if evaluates:
+        trainer.add_callback(MetricRequired(metric_key(config)))
+    if evaluates and plan.patience.value is not None:
+        trainer.add_callback(
+            EarlyStopping(
+                metric=metric_key(config),
+                greater_is_better=greater_is_better(config),
+                patience=plan.patience.value,
+                min_delta=config.evaluate.min_delta,
+                on_stop=early_stop_notice(run) if job.ranks.is_main else lambda step, reason: None,
+            )
+        )
+    for callback in job.callbacks:
+        trainer.add_callback(callback)
+    return trainer
+
+
+def _user_metrics(job: TrainingJob) -> Callable[[torch.nn.Module], dict[str, float]]:
+    assert job.eval_data is not None
+    prompts = prompts_of(job.eval_data, job.tokenizer, job.config.evaluate.metric_rows)
+    references = [prompt.reference for prompt in prompts]
+
+    def measure(model: torch.nn.Module) -> dict[str, float]:
+        device = next(model.parameters()).device
+        answers = answer(
+            model, job.tokenizer, prompts, max_new_tokens=job.config.evaluate.max_new_tokens, device=device
+        )
+        return {name: float(metric(answers, references)) for name, metric in job.metrics.items()}
+
+    return measure
+
+
+def _base_answers(job: TrainingJob, prompts: list[Prompt], device: torch.device) -> list[str]:
+    """Answers of the untouched base model. Full fine-tuning changes it, so they are noted before step 1."""
+    if not prompts or job.ranks.is_sharded or not job.ranks.is_main:
+        return []
+    known = {event["prompt"]: event["base"] for event in job.run.events() if event["event"] == "sample"}
+    if all(prompt.text in known for prompt in prompts):
+        return [known[prompt.text] for prompt in prompts]
+    with as_base(job.model):
+        answers = answer(
+            job.model, job.tokenizer, prompts, max_new_tokens=job.config.evaluate.max_new_tokens, device=device
+        )
+    for prompt, text in zip(prompts, answers, strict=True):
+        job.run.event("sample", 0, prompt=prompt.text, reference=prompt.reference, base=text, tuned=None)
+    return answers
+
+
+def _tell_samples(
+    job: TrainingJob, prompts: list[Prompt], base: list[str], trainer: UpdateTrainer, best: int | None
+) -> None:
+    if not base:
+        return
+    step = trainer.state.global_step if best is None else best
+    limit = job.config.evaluate.max_new_tokens
+    tuned = answer(trainer.model, job.tokenizer, prompts, max_new_tokens=limit, device=trainer.args.device)
+    for prompt, before, after in zip(prompts, base, tuned, strict=True):
+        job.run.event("sample", step, prompt=prompt.text, reference=prompt.reference, base=before, tuned=after)
+
+
+def _mean_loss(history: list[dict[str, Any]], fallback: float) -> float:
+    """Mean loss over all updates of the run, those before an interruption included."""
+    losses = [entry["loss"] for entry in history if "loss" in entry]
+    return sum(losses) / len(losses) if losses else fallback
+
+
+def _final_metrics(history: list[dict[str, Any]], best: int | None) -> dict[str, float]:
+    evaluations = {entry["step"]: entry for entry in history if "eval_loss" in entry}
+    metrics: dict[str, float] = {}
+    if 0 in evaluations:
+        metrics["base_eval_loss"] = evaluations[0]["eval_loss"]
+        metrics["base_perplexity"] = evaluations[0]["eval_perplexity"]
+    trained = {step: entry for step, entry in evaluations.items() if step > 0}
+    if trained:
+        entry = trained.get(best if best is not None else max(trained), trained[max(trained)])
+        metrics |= {"eval_loss": entry["eval_loss"], "perplexity": entry["eval_perplexity"]}
+        extra = {k.removeprefix("eval_"): v for k, v in entry.items() if k.startswith("eval_")}
+        metrics |= {k: v for k, v in extra.items() if k not in ("loss", "perplexity", "tokens")}
+    return metrics
+
+
+def _save_final(job: TrainingJob, trainer: UpdateTrainer) -> None:
+    target = job.run.model if job.plan.method.value == "full" else job.run.adapter
+    staged = job.ranks.from_main(target.parent / f".staging-{target.name}-{uuid.uuid4().hex[:8]}")
+    trainer.save_final(staged)
+    job.ranks.wait()
+    if job.ranks.is_main:
+        replace_directory(staged, target)
+
+
+def _memory_meter(device: torch.device) -> Callable[[], int]:
+    """Peak memory so far: of the device, or the resident set of this process on a CPU."""
+    if device.type == "cuda":
+        return lambda: int(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+__all__ = ["TrainingJob", "TrainingOutcome", "find_checkpoint", "run_training"]

@@ -1,0 +1,284 @@
+"""A report is made from any run directory, tells the truth about it and fetches nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from llmtune.errors import RunNotFoundError
+from llmtune.reporting import EvaluationRow, Metric, summarise, write_report
+from llmtune.reporting.charts import thin
+from llmtune.reporting.facts import Curve
+from llmtune.reporting.verdict import judge, overfitting_note
+from llmtune.runs import RunDirectory
+
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
+IDENTITY = {"data": "d1", "model": "m1", "config": "c1"}
+
+
+def choice(value: object, source: str = "derived", reason: str = "because") -> dict[str, object]:
+    return {"value": value, "reason": reason, "source": source}
+
+
+def plan(**changes: object) -> dict[str, object]:
+    choices = {
+        "model": choice("builtin:tiny", "user", "you set model.id"),
+        "updates": choice(120, "derived", "960 rows x 1 epoch / 8 rows per update"),
+        "micro_batch_size": choice(8, "derived", "the largest that fits"),
+        "learning_rate": choice(0.0005, "preset", "level quality of preset tiny"),
+        "targets": choice(["q_proj", "v_proj"], "preset"),
+        "patience": choice(None, "default"),
+    }
+    choices |= {name: choice(value, "measured", "a probe ran out of memory") for name, value in changes.items()}
+    terms = {"weights": 12e6, "optimizer_state": 3e6, "activations": 90e6}
+    memory = {"device": "cpu", "total_bytes": 8e9, "free_bytes": 6e9, "peak_bytes": 1.1e9, "terms": terms}
+    time = {"step_seconds": 0.2, "total_seconds": 26.0}
+    return {"choices": choices, "memory": memory, "time": time, "fits": True, "notices": ["token counts are estimated"]}
+
+
+def full_run(path: Path, *, text: str = "Where is the order?", updates: int = 120) -> RunDirectory:
+    run = RunDirectory.create(path, identity=IDENTITY)
+    best = {"metric": "eval_loss", "value": 0.9, "step": 80}
+    run.update_run(
+        status="running", model="builtin:tiny", data=text, preset="quality", command=["llmtune", "train", text]
+    )
+    run.write_environment({"versions": {"torch": "2.13.0"}, "hardware": {"ram_total_bytes": 8e9}, "note": text})
+    problem = {"file": text, "line": 7, "field": "answer", "problem": text, "hint": "fix it"}
+    report = {"format": "question/answer", "rows": 960, "bytes": 123456, "problems": [problem] * 30}
+    run.write_json("data_report.json", report | {"statistics": {"tokens": {"median": 40}}, "supervision": {"x": text}})
+    run.add_plan(plan())
+    run.event("run_started", 0)
+    run.event("evaluation", 0, eval_loss=3.0, perplexity=20.1)
+    for step in range(1, updates + 1):
+        run.event(
+            "step",
+            step,
+            loss=3.0 * math.exp(-step / 40) + 0.6 + 0.15 * math.sin(step * 2.4),
+            learning_rate=5e-4 * min(1, step / 10) * (1 - step / (updates + 1)),
+            grad_norm=math.nan if step == 60 else 1 + 5 / step,
+            num_tokens=800,
+            num_supervised_tokens=300,
+            tokens_per_second=4000 + 100 * math.sin(step),
+            step_seconds=0.21,
+            micro_batch_size=8,
+            global_batch_size=8,
+            memory_bytes=1_000_000_000 + step,
+        )
+        if step % 40 == 0:
+            run.event("evaluation", step, eval_loss=0.9 + abs(step - 80) / 400, perplexity=2.5)
+            run.event("sample", step, prompt=text, base="??", tuned=f"{text} at step {step}", reference=None)
+    run.event("incident", 60, kind="non_finite", cause=text, evidence={"grad_norm": math.nan})
+    run.event("recovery", 60, action="micro-batch halved")
+    run.add_plan(plan(micro_batch_size=4))
+    run.event("run_finished", updates)
+    run.adapter.mkdir()
+    metrics = {"train_loss": 0.7, "eval_loss": 0.9, "base_eval_loss": 3.0, "exact_match": 0.95, "base_exact_match": 0.0}
+    run.update_run(status="finished", steps=updates, best=best, metrics=metrics)
+    return run
+
+
+class Page(HTMLParser):
+    """Collects what a page shows and what it would load."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.tags: list[str] = []
+        self.texts: list[str] = []
+        self._skips = False
+        self.feed(html)
+        self.close()
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.texts).split())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self._skips = tag in ("script", "style")
+        self.loads += [f"{tag} {name}={value}" for name, value in attrs if name in ("src", "href", "data", "srcset")]
+
+    def handle_endtag(self, tag: str) -> None:
+        self._skips = False
+
+    def handle_data(self, data: str) -> None:
+        if not self._skips:
+            self.texts.append(data)
+
+
+def page(run: RunDirectory) -> Page:
+    path = write_report(run.path)
+    assert path == run.report
+    return Page(path.read_text(encoding="utf-8"))
+
+
+def test_a_full_run_is_told(tmp_path: Path) -> None:
+    text = page(full_run(tmp_path / "orders-tiny-3f9a1c")).text
+    for told in (
+        "Better than the base model: held-out loss went from 3 to 0.9 (-70 %), perplexity from 20.09 to 2.46.",
+        "Finished after 120 steps.",
+        "Held-out loss was lowest at step 80 (0.9) and rose to 1 by step 120",
+        "1 step(s) had a loss or gradient norm that was not finite",
+        "eval_loss 0.9 at step 80",
+        "96k, 36k supervised",
+        "kind: non_finite; cause: Where is the order?; evidence.grad norm: nan",
+        "action: micro-batch halved",
+        "micro batch size 8 4 a probe ran out of memory",
+        "learning rate 0.0005 preset level quality of preset tiny",
+        "targets q_proj, v_proj",
+        "exact match 0 0.95 +0.95",
+        "peak memory on cpu 1.0 GiB 953.7 MiB +10 %",
+        "time of one step (median) 0.2 s 0.21 s -5 %",
+        "activations 85.8 MiB",
+        "base model ?? tuned model Where is the order? at step 120",
+        "10 more are in data_report.json",
+        "rows 960",
+        "bytes 121 KiB",
+        "versions · torch 2.13.0",
+        "llmtune chat ",
+        "token counts are estimated",
+    ):
+        assert told in text, told
+    assert "llmtune resume" not in text
+    assert "Where is the order? at step 40" not in text
+
+
+def test_the_page_is_one_file_that_loads_nothing(tmp_path: Path) -> None:
+    run = full_run(tmp_path / "r")
+    found = page(run)
+    assert found.loads == []
+    assert {"link", "iframe", "img"} & set(found.tags) == set()
+    html = run.report.read_text(encoding="utf-8")
+    assert "default-src 'none'" in html
+    assert html.count("Plotly.newPlot(") == 5
+    assert not re.search(r"<script[^>]+src|<link[^>]+href|@import|url\(['\"]?http", html)
+
+
+def test_hostile_data_stays_text(tmp_path: Path) -> None:
+    run = full_run(tmp_path / "r", text=HOSTILE)
+    found = page(run)
+    html = run.report.read_text(encoding="utf-8")
+    assert "<script>alert" not in html
+    assert "<img" not in html
+    assert found.tags.count("script") == 1 + 5
+    assert HOSTILE in found.text
+
+
+def test_a_run_that_failed_at_the_start_is_told(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "r", identity=IDENTITY)
+    run.update_run(status="running")
+    run.event("run_started", 0)
+    try:
+        raise MemoryError("no room")
+    except MemoryError as error:
+        run.write_failure(error, kind="out_of_memory", cause="The weights do not fit.", remedy="Use --method qlora.")
+    run.event("run_failed", 0, kind="out_of_memory")
+    run.update_run(status="failed")
+    text = page(run).text
+    for told in (
+        "Failed at step 0: The weights do not fit.",
+        "Not measured: no evaluation on held-out rows",
+        "out_of_memory : The weights do not fit. Use --method qlora. (failures/0001-out_of_memory.json)",
+        "the run stopped before a plan was made",
+        "llmtune resume",
+    ):
+        assert told in text, told
+
+
+def test_a_run_without_anything_and_one_with_torn_and_odd_files(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "r", identity={})
+    assert "Planned; training has not begun." in page(run).text
+    (run.path / "events.jsonl").write_bytes(
+        b'{"time": "?", "event": "step", "step": 3, "loss": "nan", "memory_bytes": [], "step_seconds": "x"}\n'
+        b'{"event": "evaluation", "step": 3, "eval_loss": "inf"}\n{"event": "sample", "step": 3, "prompt": 5}\n'
+        b'{"event": "step", "st'
+    )
+    for name, content in [
+        ("plan.json", '{"choices": {"updates": 7, "rank": null}, "memory": [], "notices": 3}'),
+        ("data_report.json", '{"problems": [1, {"line": 2}], "statistics": null}'),
+        ("environment.json", "{"),
+    ]:
+        (run.path / name).write_text(content)
+    run.update_run(status="running", metrics="none", best=5)
+    found = page(run)
+    assert "Stopped without a word at step 3" in found.text
+    assert summarise(run.path).non_finite_steps == 1
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunNotFoundError):
+        write_report(tmp_path)
+
+
+def test_the_summary_is_json_with_the_keys_of_the_list(tmp_path: Path) -> None:
+    document = summarise(full_run(tmp_path / "r").path).to_json()
+    keys = {"name", "dir", "status", "model", "data", "preset", "started", "finished", "steps", "best", "verdict"}
+    assert keys <= set(document)
+    assert document["verdict"]["kind"] == "better"
+    assert document["data_report"]["statistics.tokens.median"] == 40
+    json.dumps(document, allow_nan=False)
+
+
+def test_a_live_run_is_running_and_a_moved_run_is_whole(tmp_path: Path) -> None:
+    run = full_run(tmp_path / "r")
+    run.update_run(status="running")
+    with run.lock():
+        assert summarise(run.path).state == "Running, at step 120 of 120."
+    shutil.move(run.path, tmp_path / "moved")
+    assert summarise(tmp_path / "moved").dir == str(tmp_path / "moved")
+
+
+def test_measured_time_leaves_out_the_pause_between_two_sessions(tmp_path: Path) -> None:
+    run = full_run(tmp_path / "r")
+    events = [("00:00:00", "run_started", 0), ("00:01:00", "step", 1), ("05:00:00", "run_started", 1)]
+    lines = [
+        {"time": f"2026-01-01T{time}Z", "event": event, "step": step}
+        for time, event, step in [*events, ("05:00:30", "step", 2)]
+    ]
+    (run.path / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (whole,) = (item for item in summarise(run.path).predictions if item.name == "time of the whole run")
+    assert whole.measured == 90.0
+
+
+@pytest.mark.parametrize(
+    ("base", "tuned", "kind"),
+    [
+        (3.0, 2.0, "better"),
+        (2.0, 2.0, "not_better"),
+        (2.0, 3.0, "not_better"),
+        (2.0, math.nan, "not_better"),
+        (math.inf, 2.0, "better"),
+        (None, 2.0, "no_evaluation"),
+        (2.0, None, "no_evaluation"),
+        (1e9, 1e8, "better"),
+    ],
+)
+def test_the_verdict_follows_the_held_out_loss(base: float | None, tuned: float | None, kind: str) -> None:
+    assert judge([Metric(name="eval_loss", base=base, tuned=tuned)], is_over=True).kind == kind
+
+
+def test_overfitting_is_told_only_when_the_loss_rose_clearly() -> None:
+    def note(*losses: float) -> str | None:
+        rows = (EvaluationRow(step=step, values={"eval_loss": loss}) for step, loss in enumerate(losses))
+        return overfitting_note(tuple(rows))
+
+    assert note(3.0, 1.0, 2.0) is not None
+    assert note(3.0, 1.0, 1.001) is None
+    assert note(3.0, 2.0, 1.0, math.nan) is None
+    assert note(3.0) is None
+
+
+def test_thinning_keeps_spikes_and_order() -> None:
+    values = [1.0] * 50_000
+    values[33_333], values[7], values[44_444] = 99.0, -5.0, math.nan
+    thinned = thin(Curve(steps=tuple(range(50_000)), values=tuple(values)))
+    assert len(thinned.steps) <= 2000
+    assert list(thinned.steps) == sorted(set(thinned.steps))
+    assert {99.0, -5.0} <= set(thinned.values)
+    assert any(math.isnan(value) for value in thinned.values)
