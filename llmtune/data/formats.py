@@ -336,7 +336,7 @@ def _prompt_completion(row: Mapping[str, Any], report: RowReporter) -> Record | 
     prompt, completion = _side(row, "prompt", report), _side(row, "completion", report)
     if prompt is None or completion is None:
         return None
-    given = tuple(replace(message, supervised=False) for message in prompt)
+    given = tuple(replace(each, supervised=False) if each.role == "assistant" else each for each in prompt)
     return _conversation((*given, *completion), report)
 
 

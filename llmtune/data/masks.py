@@ -141,6 +141,12 @@ class ChatEncoder:
                 unknown = self.tokenizer.unk_token_id
                 if unknown is not None and unknown in run:
                     return f"the tokenizer has no token for some of the text of {clip(span)}"
+                inside = next((index for index in run[:-1] if index in self.stop_ids), None)
+                if inside is not None:
+                    token = self.tokenizer.convert_ids_to_tokens(inside)
+                    return (
+                        f"the answer contains the special token {token!r}, and the tokenizer alters the text around it"
+                    )
                 return f"the supervised tokens read {clip(text)}, the answer is {clip(span)}"
         return None
 

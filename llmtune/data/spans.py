@@ -156,13 +156,19 @@ class ChatTemplate:
         spans = []
         for (start, end), message in zip(rendered.marks, turns, strict=True):
             # Where the marks leave the stop token out, it is the one that follows.
-            marked = text[start:end].rstrip()
-            follows = self._stop_next.match(text, end)
-            closed = any(marked.endswith(stop) for stop in self._stop.findall(marked))
-            limit = end if closed or follows is None else follows.end()
+            follows = None if self._closed(text, start, end, message) else self._stop_next.match(text, end)
+            limit = end if follows is None else follows.end()
             if message.supervised:
                 spans.append((start, self._end(text, start, limit, message)))
         return tuple(spans)
+
+    def _closed(self, text: str, start: int, end: int, message: Message) -> bool:
+        """Whether a stop token of the template's own is inside the marks."""
+        if message.tool_calls:
+            marked = text[start:end].rstrip()
+            return any(marked.endswith(stop) for stop in self._stop.findall(marked))
+        content = message.content.strip()
+        return self._stop.search(text, text.find(content, start, end) + len(content), end) is not None
 
     def _derived_spans(
         self, chat: Conversation, text: str, prompts: Sequence[_Rendered | TemplateRefusal]

@@ -19,7 +19,8 @@ def split(dataset: EncodedDataset, fraction: float, seed: int) -> tuple[EncodedD
     """Training and evaluation rows, both in the data's order.
 
     Which rows are held out depends on ``seed`` and the rows' content alone, not on their order. Identical rows stay
-    together. Small data: at least one row is held out, and at most half of the rows (or one).
+    together. Small data: at least one row is held out, and at most half of the rows; where every row is repeated more
+    often than that, the least repeated one.
 
     Raises:
         DataError: Fewer than two distinct rows, so nothing can be held out.
@@ -39,14 +40,11 @@ def split(dataset: EncodedDataset, fraction: float, seed: int) -> tuple[EncodedD
     wanted = min(max(1, round(len(dataset) * fraction)), max(1, int(len(dataset) * _MOST)))
     order = sorted(groups, key=lambda content: hashlib.sha256(f"{seed}:".encode() + content).digest())
     held_out: list[int] = []
-    # The last group always stays, so that something is trained on.
-    for content in order[:-1]:
-        if len(held_out) >= wanted:
-            break
-        # A group larger than what is still wanted waits, unless it would be the first.
-        if held_out and len(held_out) + len(groups[content]) > wanted:
-            continue
-        held_out += groups[content]
+    for content in order[:-1]:  # the last group always stays, so that something is trained on
+        if len(held_out) + len(groups[content]) <= wanted:
+            held_out += groups[content]
+    if not held_out:  # every row is repeated more often than that
+        held_out = list(groups[min(order, key=lambda content: len(groups[content]))])
     return dataset.select(_others(len(dataset), held_out)), dataset.select(sorted(held_out))
 
 

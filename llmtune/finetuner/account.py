@@ -82,7 +82,7 @@ def environment(hardware: Hardware, data_fingerprint: str) -> dict[str, Any]:
     """Versions, machine, commit, threads: what it takes to do it again."""
     import torch
 
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
@@ -165,7 +165,7 @@ def finish(run: RunDirectory, outcome: TrainingOutcome) -> RunResult:
 def index(run: RunDirectory) -> None:
     """Tell the run store; losing the store loses nothing, so its failure is a warning."""
     try:
-        RunStore(store_url(), root=run.path.parent).index(run)
+        RunStore(store_url(), root=run.path.parent).index(run.path)
     except ConfigError:
         raise
     except Exception as error:  # the store is an index over run directories, whatever its database says

@@ -77,8 +77,9 @@ class FineTuner:
         return facts.check_data(self.config, source)
 
     def plan(self, hardware: Hardware | None = None) -> Plan:
-        """Everything ``train`` would do, each number with its reason; no weights are loaded, nothing is downloaded
-        for a catalogued model.
+        """Everything ``train`` would do, each number with its reason.
+
+        No weights are loaded, and nothing is downloaded for a catalogued model.
 
         Args:
             hardware: Plan for this machine instead of the present one.
@@ -195,7 +196,8 @@ class FineTuner:
             speaker.say(plan.summary())
             for notice in plan.notices:
                 speaker.warn(notice)
-        assert model.location is not None and data.train is not None
+        assert model.location is not None
+        assert data.train is not None
         set_seed(plan.seed.value)
         weights = load_for_training(
             model.location,
@@ -266,6 +268,6 @@ def _require_fit(plan: Plan, request: PlanRequest) -> None:
     free = request.hardware.disk_free_bytes
     if plan.disk_bytes > free:
         raise PlanError(
-            f"needs {format_bytes(plan.disk_bytes)} of disk for {plan.keep_checkpoints.value} checkpoints and a result, "
+            f"needs {format_bytes(plan.disk_bytes)} of disk for {plan.keep_checkpoints.value} checkpoints and result, "
             f"{format_bytes(free)} are free. Free some, choose another disk with --output, or pass --set save.keep=2."
         )

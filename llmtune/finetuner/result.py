@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmtune.runs import RunDirectory, number
+from llmtune.runs import RunDirectory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,7 +39,7 @@ class RunResult:
             run_dir=run.path,
             adapter_dir=run.final,
             status=document["status"],
-            metrics={name: number(value) for name, value in (document.get("metrics") or {}).items()},
+            metrics={name: float(value) for name, value in (document.get("metrics") or {}).items()},
             incidents=incidents,
             steps=document.get("steps") or 0,
         )

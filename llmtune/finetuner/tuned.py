@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -115,12 +116,13 @@ class TunedRun:
             "token_budget": self.plan.token_budget.value,
             "device": self._device,
         }
-        tuned = score(self.model, rows, **settings)
-        if self.plan.method.value == "full":
-            base = score(self._load(tuned=False), rows, **settings)
-        else:
-            with as_base(self.model) as model:
-                base = score(model, rows, **settings)
+        with self._arithmetic():
+            tuned = score(self.model, rows, **settings)
+            if self.plan.method.value == "full":
+                base = score(self._load(tuned=False), rows, **settings)
+            else:
+                with as_base(self.model) as model:
+                    base = score(model, rows, **settings)
         return Verdict(
             run_dir=self.run.path,
             rows=len(rows),
@@ -141,6 +143,15 @@ class TunedRun:
         request = Prompt(input_ids=tuple(ids), text=rendered, reference="")
         limit = max_new_tokens or self.config.evaluate.max_new_tokens
         return answer(self.model, self.tokenizer, [request], max_new_tokens=limit, device=self._device)[0]
+
+    def _arithmetic(self) -> AbstractContextManager[object]:
+        """The arithmetic of training, so that the same weights score the same again."""
+        import torch
+
+        if not self.plan.autocast:
+            return nullcontext()
+        dtype = torch.bfloat16 if self.plan.precision.value == "bf16" else torch.float16
+        return torch.autocast(torch.device(self._device).type, dtype=dtype)
 
     def _load(self, *, tuned: bool) -> Any:
         full = self.plan.method.value == "full"

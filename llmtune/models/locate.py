@@ -116,7 +116,7 @@ def _fetch_config(model_id: str, revision: str | None, token: str | None) -> Non
 
 
 def _hub_answers(endpoint: str) -> bool:
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import get_session
 
     try:
         get_session().head(endpoint, timeout=HUB_PROBE_SECONDS)

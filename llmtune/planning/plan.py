@@ -93,7 +93,7 @@ class Plan:
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Plan:
         """The inverse of ``to_json``."""
-        choices = {
+        choices: dict[str, Any] = {
             name: Choice(tuple(c["value"]) if name == "targets" else c["value"], c["reason"], c["source"])
             for name, c in document["choices"].items()
         }

@@ -227,7 +227,9 @@ class _Adapter:
         targets = request.preset.lora_targets
         found = {module.name for module in request.spec.linears}
         if request.spec.known_from == "config" and "all-linear" not in targets and not found & set(targets):
-            chosen = Choice(("all-linear",), "none of the preset's module names occur in this model", "derived")
+            chosen: Choice[tuple[str, ...]] = Choice(
+                ("all-linear",), "none of the preset's module names occur in this model", "derived"
+            )
         else:
             chosen = Choice(tuple(targets), f"the {request.preset.family} preset", "preset")
         return cls(

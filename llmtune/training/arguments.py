@@ -29,7 +29,7 @@ def training_arguments(
     """The Trainer's settings for this plan.
 
     ``gradient_accumulation_steps`` stays 1 (one item is one update), rotation is off (a callback cleans up), NaN is
-    never filtered from the logs, and ``auto_find_batch_size`` is never used: it restarts a run with half-trained weights.
+    never filtered from the logs, and ``auto_find_batch_size`` is never used: it restarts a half-trained model.
     """
     precision, on_cpu = plan.precision.value, plan.device.value == "cpu"
     return TrainingArguments(

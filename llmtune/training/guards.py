@@ -11,7 +11,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from transformers import ExportableState, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from llmtune.checkpoints import retain
 from llmtune.console import speaker
@@ -49,7 +50,7 @@ class StopSignal:
         os.write(2, b"\nstopping after this step and saving; once more to stop at once\n")
 
 
-class PreemptionGuard(TrainerCallback):  # type: ignore[misc]
+class PreemptionGuard(TrainerCallback):
     """Saves and stops at the end of the step in which the ranks agreed to stop."""
 
     def __init__(self, stop_agreed: Callable[[], bool]) -> None:
@@ -62,7 +63,7 @@ class PreemptionGuard(TrainerCallback):  # type: ignore[misc]
             control.should_training_stop = True
 
 
-class EarlyStopping(TrainerCallback, ExportableState):  # type: ignore[misc]
+class EarlyStopping(TrainerCallback, ExportableState):
     """Stops when ``metric`` has not improved by more than ``min_delta`` in ``patience`` evaluations.
 
     Its state is part of every checkpoint, so that a resumed run stops where an uninterrupted one would.
@@ -112,7 +113,7 @@ class EarlyStopping(TrainerCallback, ExportableState):  # type: ignore[misc]
             self._on_stop(state.global_step, reason)
 
 
-class MetricRequired(TrainerCallback):  # type: ignore[misc]
+class MetricRequired(TrainerCallback):
     """Makes sure that the metric which chooses the best checkpoint is really measured, at the first evaluation."""
 
     def __init__(self, metric: str) -> None:
@@ -132,7 +133,7 @@ class MetricRequired(TrainerCallback):  # type: ignore[misc]
             raise ConfigError("evaluate.metric", [f"got '{self._metric}', but evaluations measure {known}"])
 
 
-class CheckpointCleanup(TrainerCallback):  # type: ignore[misc]
+class CheckpointCleanup(TrainerCallback):
     """Deletes old checkpoints after each commit: the newest ones, the best and the newest healthy one stay."""
 
     def __init__(self, run: RunDirectory, keep: int) -> None:

@@ -140,8 +140,8 @@ def _trainer(job: TrainingJob, stop: StopSignal, *, resumes: bool) -> UpdateTrai
     )
     memory = _memory_meter(trainer.args.device)
     if job.ranks.is_main:
-        trainer.add_callback(Watcher(EventLog(run, facts=lambda: trainer.last_update, memory_bytes=memory)))
-        trainer.add_callback(Watcher(ProgressDisplay(memory)))
+        events = EventLog(run, facts=lambda: trainer.last_update, memory_bytes=memory)
+        trainer.add_callback(Watcher(events, ProgressDisplay(memory)))
         trainer.add_callback(CheckpointCleanup(run, plan.keep_checkpoints.value))
     trainer.add_callback(PreemptionGuard(lambda: trainer.stop_agreed))
     if evaluates:

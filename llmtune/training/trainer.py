@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from llmtune.checkpoints import commit
@@ -97,6 +97,7 @@ class UpdateTrainer(Trainer):
         self._settings, self._ranks = settings, ranks
         self._committed_to = Path(args.output_dir)
         self._staging: Path | None = None
+        self.control: TrainerControl
         self.last_update: StepFacts | None = None
         self.stop_agreed = False
         super().__init__(
@@ -138,6 +139,9 @@ class UpdateTrainer(Trainer):
     def floating_point_ops(self, inputs: Any) -> int:
         """Zero: the plan counts arithmetic; upstream's estimate expects one batch, not a list of them."""
         return 0
+
+    def _get_num_items_in_batch(self, batch_samples: list[Update], device: torch.device) -> None:
+        """None: an update counts its own supervised tokens, see ``training_step``."""
 
     # ------------------------------------------------------------------ one update
 
@@ -220,7 +224,7 @@ class UpdateTrainer(Trainer):
         if self._settings.evaluate is not None:
             own = self._settings.evaluate(self.model) if self._ranks.is_main else {}
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in self._ranks.from_main(own).items()}
-        self.log(metrics)
+        self.log(dict(metrics))  # log() adds to what it is given
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
@@ -268,7 +272,7 @@ class UpdateTrainer(Trainer):
 
     def _manifest_facts(self) -> dict[str, Any]:
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        latest = next((entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), {})
+        latest: dict[str, Any] = next((entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), {})
         current = latest if latest.get("step") == self.state.global_step else {}
         return {
             "step": self.state.global_step,

@@ -1,7 +1,7 @@
 """One data loader item is one update: the micro-batches of this rank's share of one global batch.
 
 Which rows an update holds is a function of (seed, epoch, position) alone; how they are cut into micro-batches depends
-on lengths and the token budget, never on a random state. So a resumed run sees what an uninterrupted one would have seen.
+on lengths and the token budget, never on a random state. A resumed run sees what an uninterrupted one would.
 """
 
 from __future__ import annotations

@@ -40,30 +40,28 @@ class Observer(Protocol):
         """Training stops, for whatever reason."""
 
 
-class Watcher(TrainerCallback):  # type: ignore[misc]
-    """Tells an observer what happens, and keeps the run safe from the observer's mistakes."""
+class Watcher(TrainerCallback):
+    """Tells observers what happens, and keeps the run safe from their mistakes."""
 
-    def __init__(self, observer: Observer) -> None:
-        self._observer = observer
-        self._enabled = True
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = list(observers)
         self._step_started = 0.0
         self._step_seconds = 0.0
 
-    def _tell(self, call: Callable[[], None]) -> None:
-        if not self._enabled:
-            return
-        try:
-            call()
-        except Exception as error:
-            self._enabled = False
-            name = type(self._observer).__name__
-            speaker.warn(f"{name} failed and is switched off for the rest of the run: {error!r}")
+    def _tell(self, call: Callable[[Observer], None]) -> None:
+        for observer in list(self._observers):
+            try:
+                call(observer)
+            except Exception as error:
+                self._observers.remove(observer)
+                name = type(observer).__name__
+                speaker.warn(f"{name} failed and is switched off for the rest of the run: {error!r}")
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Pass on."""
-        self._tell(lambda: self._observer.began(state))
+        self._tell(lambda observer: observer.began(state))
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -85,7 +83,7 @@ class Watcher(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Pass on the log line of an update; evaluations and the summary come by other ways."""
         if logs and "loss" in logs:
-            self._tell(lambda: self._observer.stepped(state, logs, self._step_seconds))
+            self._tell(lambda observer: observer.stepped(state, logs, self._step_seconds))
 
     def on_evaluate(
         self,
@@ -96,17 +94,17 @@ class Watcher(TrainerCallback):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         """Pass on."""
-        self._tell(lambda: self._observer.evaluated(state, metrics or {}))
+        self._tell(lambda observer: observer.evaluated(state, metrics or {}))
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Pass on."""
-        self._tell(lambda: self._observer.saved(state))
+        self._tell(lambda observer: observer.saved(state))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Pass on."""
-        self._tell(lambda: self._observer.ended(state))
+        self._tell(lambda observer: observer.ended(state))
 
 
 class EventLog:

@@ -1,0 +1,118 @@
+"""Commands that tell of the machine and of what ships with llmtune: doctor, presets, accelerate-config."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llmtune.cli.app import command
+from llmtune.cli.options import Json
+from llmtune.console import speaker
+from llmtune.units import format_bytes, format_count
+
+if TYPE_CHECKING:
+    from llmtune.presets import Preset
+
+Family = Annotated[
+    str | None, typer.Argument(metavar="FAMILY", help="A family such as qwen, or a preset file of your own (.yaml).")
+]
+ConfigName = Annotated[str | None, typer.Argument(metavar="NAME", help="Which configuration; all when not given.")]
+
+
+@command("doctor", example="llmtune doctor\nllmtune doctor --json > this-machine.json")
+def doctor(as_json: Json = False) -> None:
+    """Show what this machine can do.
+
+    Hardware, versions, what is usable, what is missing and the command that mends it.
+    """
+    from llmtune.hardware import diagnose
+
+    found = diagnose()
+    if as_json:
+        speaker.emit(found.to_json())
+        return
+    speaker.show(found.hardware.describe())
+    speaker.show(
+        f"{format_bytes(found.hardware.usable_ram_bytes)} of RAM usable now, "
+        f"{format_bytes(found.hardware.disk_free_bytes)} of disk free here"
+    )
+    speaker.table("Versions", ("package", "version"), list(found.versions.items()))
+    usable = [(name, "yes" if item.available else "no", item.why) for name, item in found.usable.items()]
+    speaker.table("Usable", ("what", "usable", "why"), usable)
+    for item in found.problems:
+        speaker.show(f"! {item.problem}\n  mend: {item.fix}")
+    if not found.problems:
+        speaker.show("No problems found.")
+
+
+@command("presets", example="llmtune presets\nllmtune presets qwen")
+def presets(family: Family = None, as_json: Json = False) -> None:
+    """List, show and validate presets.
+
+    With FAMILY every number is shown with its source. Exit code 2 when a preset is not valid.
+    """
+    from llmtune.errors import ConfigError
+    from llmtune.presets import Preset
+
+    if family is None:
+        found = [Preset.load(name) for name in Preset.families()]
+    else:
+        found = [Preset.from_file(family) if family.endswith((".yaml", ".yml")) else Preset.load(family)]
+    problems = {preset.family: preset.validate()[1] for preset in found}
+    if as_json:
+        documents = [preset.to_json() | {"problems": problems[preset.family]} for preset in found]
+        speaker.emit(documents if family is None else documents[0])
+    elif family is None:
+        rows = [(p.family, len(p.catalogue), "no" if problems[p.family] else "yes", p.title) for p in found]
+        speaker.table("", ("family", "models", "valid", "title"), rows)
+    else:
+        _show(found[0])
+    bad = [f"{name}: {problem}" for name, listed in problems.items() for problem in listed]
+    if bad:
+        raise ConfigError("presets", bad)
+
+
+def _show(preset: Preset) -> None:
+    speaker.show(f"{preset.family}: {preset.title}")
+    if preset.notice:
+        speaker.show(preset.notice)
+    speaker.show(f"LoRA targets: {', '.join(preset.lora_targets)}")
+    models = [
+        (
+            e.id,
+            format_count(e.parameters),
+            e.context,
+            e.licence,
+            "gated" if e.gated else "open",
+            ", ".join(f"{method} {format_bytes(size)}" for method, size in e.minimum_memory_bytes.items()),
+        )
+        for e in preset.catalogue
+    ]
+    speaker.table("Models", ("id", "parameters", "context", "licence", "access", "least memory"), models)
+    for goal, sizes in preset.levels.items():
+        for size, level in sizes.items():
+            rows = [(name, getattr(level, name), source) for name, source in level.sources.items()]
+            speaker.table(f"{goal}, {size} data", ("number", "value", "source"), rows)
+
+
+@command(
+    "accelerate-config",
+    example='accelerate launch --config_file "$(llmtune accelerate-config ddp)" -m llmtune train chats.jsonl',
+)
+def accelerate_config(name: ConfigName = None, as_json: Json = False) -> None:
+    """Find a configuration for accelerate.
+
+    Lists those that ship with llmtune; with NAME prints only the path of one, for accelerate launch.
+    """
+    from llmtune.hardware import accelerate_config_names, accelerate_config_path
+
+    if name is not None:
+        path = str(accelerate_config_path(name))
+        speaker.emit({"name": name, "path": path}) if as_json else speaker.show(path)
+        return
+    paths = [(each, str(accelerate_config_path(each))) for each in accelerate_config_names()]
+    if as_json:
+        speaker.emit([{"name": each, "path": path} for each, path in paths])
+    else:
+        speaker.table("", ("name", "path"), paths)

@@ -1,0 +1,99 @@
+"""Arguments and options that several commands share, and the configuration they add up to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from llmtune.config import RunConfig
+
+MaybeData = Annotated[
+    str | None, typer.Argument(metavar="DATA", help="File, directory or glob; may be left out when --config names it.")
+]
+Data = Annotated[str, typer.Argument(metavar="DATA", help="File, directory or glob.")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run directory, the name of a run, or its beginning.")]
+
+Model = Annotated[
+    str | None, typer.Option("--model", metavar="ID", help="auto, a Hub id, a local directory or builtin:tiny.")
+]
+Preset = Annotated[
+    str | None, typer.Option("--preset", metavar="GOAL", help="highspeed, quality (the default) or bestaccuracy.")
+]
+Method = Annotated[str | None, typer.Option("--method", metavar="METHOD", help="auto, lora, qlora or full.")]
+Output = Annotated[
+    str | None, typer.Option("--output", metavar="DIR", help="The run directory; a new one below runs/ if not given.")
+]
+EvalData = Annotated[
+    str | None, typer.Option("--eval-data", metavar="FILE", help="Held-out data; a share of DATA if not given.")
+]
+Config = Annotated[
+    str | None, typer.Option("--config", metavar="FILE", help="YAML file of the keys that --set takes too.")
+]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Any configuration key, e.g. epochs=3. May be repeated."),
+]
+Resume = Annotated[
+    str | None,
+    typer.Option("--resume", metavar="HOW", help="auto (continue if there is something), never, or a checkpoint."),
+]
+Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Of order, split, dropout, initialisation.")]
+MaxSteps = Annotated[int | None, typer.Option("--max-steps", metavar="N", help="Stop after this many updates.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What was asked on the command line; what was not is None."""
+
+    data: str | None = None
+    model: str | None = None
+    preset: str | None = None
+    method: str | None = None
+    output: str | None = None
+    eval_data: str | None = None
+    resume: str | None = None
+    seed: int | None = None
+    max_steps: int | None = None
+
+    def overrides(self) -> dict[str, Any]:
+        """The same as keys of the configuration."""
+        keys = {
+            "data.path": self.data,
+            "data.eval_path": self.eval_data,
+            "model.id": self.model,
+            "train.preset": self.preset,
+            "train.method": self.method,
+            "train.seed": self.seed,
+            "train.max_steps": self.max_steps,
+            "output.dir": self.output,
+            "recover.resume": self.resume,
+        }
+        return {key: value for key, value in keys.items() if value is not None}
+
+
+def configured(asked: Asked, config: str | None, settings: list[str] | None) -> RunConfig:
+    """The configuration of flags, ``--set``, ``--config`` and environment together.
+
+    Raises:
+        ConfigError: Every problem at once.
+    """
+    from llmtune.config import load_config
+
+    return load_config(asked.overrides(), settings=settings or (), file=config)
+
+
+def find_run(text: str) -> Path:
+    """The directory of the run that the user means.
+
+    Raises:
+        RunNotFoundError: Nothing, or more than one run, answers to it.
+    """
+    from llmtune.config import load_config, store_url
+    from llmtune.runs import RunStore
+
+    return RunStore(store_url(), root=load_config().output.root).find(text)

@@ -1,0 +1,135 @@
+"""What the training commands print when they are done."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import textwrap
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from llmtune.console import speaker
+from llmtune.errors import PlanError
+from llmtune.units import format_bytes
+
+if TYPE_CHECKING:
+    from llmtune.finetuner import RunResult
+    from llmtune.planning import Plan
+    from llmtune.reporting import RunSummary
+
+
+def tell_plan(plan: Plan, as_json: bool) -> None:
+    """The plan, as a table or as JSON.
+
+    Raises:
+        PlanError: It does not fit; it is shown all the same.
+    """
+    if as_json:
+        speaker.emit(plan.to_json())
+    else:
+        show_plan(plan.rows())
+        speaker.show(plan.summary())
+        for notice in plan.notices:
+            speaker.warn(notice)
+    if not plan.fits:
+        memory = plan.memory
+        terms = sorted(memory.terms.items(), key=lambda term: -term[1])
+        named = ", ".join(f"{name} {format_bytes(size)}" for name, size in terms if size)
+        raise PlanError(
+            f"needs {format_bytes(memory.peak_bytes)}, {format_bytes(memory.free_bytes)} are free on {memory.device} "
+            f"({named}). Try --method qlora, a smaller --set data.max_length, or a smaller --model."
+        )
+
+
+def show_plan(rows: Iterable[tuple[str, object, str, str]]) -> None:
+    """Name, value, source and reason of every choice; a long value is broken, to leave room for the reasons."""
+    broken = [(name, textwrap.fill(_shown(value), 24), source, reason) for name, value, source, reason in rows]
+    speaker.table("Plan", ("name", "value", "source", "reason"), broken)
+
+
+def tell_result(result: RunResult, as_json: bool) -> None:
+    """What came out of a run and what can be done with it."""
+    from llmtune.reporting import summarise
+
+    if as_json:
+        speaker.emit(result.to_json())
+        return
+    summary = summarise(result.run_dir)
+    show_metrics(summary)
+    speaker.show(summary.verdict.text)
+    if summary.best:
+        speaker.show(f"Best step: {summary.best['step']} of {summary.steps}.")
+    _show_places(result)
+    show_next(summary)
+
+
+def show_metrics(summary: RunSummary) -> None:
+    """Every quality measure, base beside tuned."""
+    rows = [(m.name.replace("_", " "), _number(m.base), _number(m.tuned)) for m in summary.metrics]
+    if rows:
+        speaker.table("", ("measure", "base", "tuned"), rows)
+
+
+def show_next(summary: RunSummary) -> None:
+    """The commands that make sense now."""
+    speaker.table("Next", ("to", "run"), summary.next_commands)
+
+
+def introduce_demo() -> None:
+    """What the demo is about to do."""
+    speaker.say(
+        "A small language model that ships with llmtune learns to turn orders, written as people write them, into "
+        "JSON.\nIt is judged on 80 orders it has not seen, about names that do not occur in its training data."
+    )
+
+
+def tell_demo(result: RunResult, as_json: bool) -> None:
+    """Answers before and after side by side, the scores, the files, and what to try next."""
+    from llmtune.reporting import summarise
+
+    summary = summarise(result.run_dir)
+    if as_json:
+        samples = [
+            {"prompt": s.prompt, "reference": s.reference, "base": s.base, "tuned": s.tuned} for s in summary.samples
+        ]
+        speaker.emit(result.to_json() | {"samples": samples})
+        return
+    for sample in summary.samples:
+        rows = [("prompt", sample.prompt), ("base", sample.base), ("tuned", sample.tuned), ("right", sample.reference)]
+        speaker.table("", ("", "held-out order"), rows)
+    show_metrics(summary)
+    metrics = result.metrics
+    if "exact_match" in metrics:
+        speaker.show(
+            f"Held-out orders answered exactly right: {metrics.get('base_exact_match', 0.0):.0%} before, "
+            f"{metrics['exact_match']:.0%} after."
+        )
+    speaker.show(summary.verdict.text)
+    _show_places(result)
+    place = shlex.quote(str(result.run_dir))
+    order = shlex.quote("Please send 12 red lamps to Marlow for Ada Quill.")
+    steps = [
+        ("ask it", f"llmtune chat {place} --once {order}"),
+        ("see what was planned, and why", f"llmtune show {place}"),
+        ("train on your own data", "llmtune train YOUR.jsonl"),
+    ]
+    speaker.table("Next", ("to", "run"), steps)
+
+
+def _show_places(result: RunResult) -> None:
+    places = [("result", result.adapter_dir), ("run", result.run_dir)]
+    report = result.run_dir / "report.html"
+    if report.exists():
+        places.append(("report", report))
+    for name, place in places:
+        speaker.show(f"{name + ':':8}{place}")
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(str(part) for part in value)
+    return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}" if math.isfinite(value) else str(value)

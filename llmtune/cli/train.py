@@ -1,0 +1,158 @@
+"""Commands that train, or say what would be trained: train, resume, plan, demo."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from llmtune.cli.app import command
+from llmtune.cli.options import (
+    Asked,
+    Config,
+    EvalData,
+    Json,
+    MaxSteps,
+    MaybeData,
+    Method,
+    Model,
+    Output,
+    Preset,
+    Resume,
+    Run,
+    Seed,
+    Set,
+    configured,
+    find_run,
+)
+
+if TYPE_CHECKING:
+    from llmtune.config import RunConfig
+
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop; the same as llmtune plan.")]
+HardwareFile = Annotated[
+    str | None, typer.Option("--hardware", metavar="FILE", help="Plan for the machine of this llmtune doctor --json.")
+]
+
+
+@command("train", example="llmtune train chats.jsonl --preset quality\nllmtune train --config run.yaml --set epochs=3")
+def train(
+    data: MaybeData = None,
+    model: Model = None,
+    preset: Preset = None,
+    method: Method = None,
+    output: Output = None,
+    eval_data: EvalData = None,
+    config: Config = None,
+    settings: Set = None,
+    resume: Resume = None,
+    seed: Seed = None,
+    max_steps: MaxSteps = None,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune a model on DATA.
+
+    The run directory holds the result and an account of it. The same command continues a run that was stopped.
+    """
+    asked = Asked(
+        data=data,
+        model=model,
+        preset=preset,
+        method=method,
+        output=output,
+        eval_data=eval_data,
+        resume=resume,
+        seed=seed,
+        max_steps=max_steps,
+    )
+    wanted = configured(asked, config, settings)
+    if dry_run:
+        _plan(wanted, None, as_json)
+        return
+    from llmtune.cli.tell import tell_result
+    from llmtune.finetuner import FineTuner
+
+    tell_result(FineTuner(config=wanted).train(), as_json)
+
+
+@command("resume", example="llmtune resume runs/chats-tinyllama-3f9a1c")
+def resume_run(run: Run, as_json: Json = False) -> None:
+    """Continue a stopped run.
+
+    It keeps the configuration it was started with.
+    """
+    from llmtune.cli.tell import tell_result
+    from llmtune.finetuner import FineTuner
+
+    tell_result(FineTuner.resume(find_run(run)), as_json)
+
+
+@command(
+    "plan", example="llmtune plan chats.jsonl --model auto\nllmtune plan chats.jsonl --hardware server.json --json"
+)
+def plan(
+    data: MaybeData = None,
+    model: Model = None,
+    preset: Preset = None,
+    method: Method = None,
+    output: Output = None,
+    eval_data: EvalData = None,
+    config: Config = None,
+    settings: Set = None,
+    seed: Seed = None,
+    max_steps: MaxSteps = None,
+    hardware: HardwareFile = None,
+    as_json: Json = False,
+) -> None:
+    """Show what train would do, and why.
+
+    Each number comes with its reason, and with them the memory and time it will take; no weights are loaded. Exit
+    code 4 when it does not fit.
+    """
+    asked = Asked(
+        data=data,
+        model=model,
+        preset=preset,
+        method=method,
+        output=output,
+        eval_data=eval_data,
+        seed=seed,
+        max_steps=max_steps,
+    )
+    _plan(configured(asked, config, settings), hardware, as_json)
+
+
+def _plan(wanted: RunConfig, hardware: str | None, as_json: bool) -> None:
+    from llmtune.cli.tell import tell_plan
+    from llmtune.finetuner import FineTuner
+    from llmtune.hardware import Hardware
+
+    machine = None if hardware is None else Hardware.from_file(hardware)
+    tell_plan(FineTuner(config=wanted).plan(machine), as_json)
+
+
+@command("demo", example="llmtune demo")
+def demo(output: Output = None, as_json: Json = False) -> None:
+    """Train a small model here and now, and compare.
+
+    It ships with llmtune, as do the data: no network is needed, and two minutes are enough.
+    """
+    import os
+
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    from llmtune.builtin import TINY_ID, demo_heldout_path, demo_train_path
+    from llmtune.cli.tell import introduce_demo, tell_demo
+    from llmtune.evaluation import exact_match
+    from llmtune.finetuner import FineTuner
+
+    introduce_demo()
+    asked = Asked(
+        data=str(demo_train_path()),
+        eval_data=str(demo_heldout_path()),
+        model=TINY_ID,
+        preset="highspeed",
+        output=output,
+    )
+    tuner = FineTuner(config=configured(asked, None, None), metrics={"exact_match": exact_match})
+    tell_demo(tuner.train(), as_json)
