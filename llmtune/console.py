@@ -8,6 +8,7 @@ distributed run speaks.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -113,3 +114,28 @@ class ProgressBar:
 
 
 speaker = Speaker()
+
+
+def quieten_libraries() -> None:
+    """Keep the libraries below us from talking over us: what they say is for those who call them directly.
+
+    Their errors still come through as exceptions. Progress bars of downloads stay where a person is watching.
+    """
+    import logging
+
+    for name in ("transformers", "datasets", "accelerate", "peft", "bitsandbytes", "torch.distributed", "optuna"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    # bitsandbytes says once per layer that LLM.int8() computes in fp16, which is how it is defined.
+    warnings.filterwarnings("ignore", message="MatMul8bitLt: inputs will be cast")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()  # "Loading weights": it is over in a moment
+    from datasets.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    if not speaker.interactive:
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()

@@ -159,8 +159,10 @@ def test_precision_is_what_every_device_has() -> None:
 # --- choosing a device ------------------------------------------------------------------------------------------------
 
 
-def test_auto_takes_the_accelerator_with_most_free_memory_else_the_cpu() -> None:
-    assert str(choose_device(machine(gpu(0, free=GIB), gpu(1, free=9 * GIB)))) == "cuda:1"
+def test_auto_takes_the_first_accelerator_else_the_cpu() -> None:
+    several = choose_device(machine(gpu(0, free=GIB), gpu(1, free=9 * GIB)))
+    assert str(several) == "cuda:0"
+    assert "CUDA_VISIBLE_DEVICES" in several.reason
     assert str(choose_device(machine(gpu(0), gpu(1)))) == "cuda:0"
     choice = choose_device(machine(cgroup_limit_bytes=4 * GIB, cgroup_used_bytes=GIB))
     assert (str(choice), choice.index, choice.total_bytes, choice.free_bytes) == ("cpu", None, 4 * GIB, 3 * GIB)

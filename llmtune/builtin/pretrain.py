@@ -28,8 +28,11 @@ BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 ROLES = ("system", "user", "assistant")
 VOCABULARY = 3072
 CONTEXT = 2048
-STEPS = 6000
-PEAK_LEARNING_RATE = 3e-3
+STEPS = 4800
+# The embeddings learn from zero and fast; the matrices start from a sketch that a higher rate destroys (at 1.5e-3
+# copying was lost within 200 steps).
+MATRIX_LEARNING_RATE, EMBEDDING_LEARNING_RATE = 5e-4, 2e-3
+INITIAL_STD = 0.06  # about 1 / sqrt(hidden size)
 # Rows x tokens of one step. Most steps are short, which is fast; every sixteenth teaches far positions.
 SHORT, LONG, LONG_EVERY = (8, 256), (2, 1024), 16
 
@@ -130,14 +133,59 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=CONTEXT,
+        initializer_range=INITIAL_STD,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
     model = LlamaForCausalLM(config)
+    sketch_copying(model)
     model.bfloat16()
     return model
+
+
+def sketch_copying(model: LlamaForCausalLM) -> None:
+    """Starts two heads as a rough copying circuit and lets every block begin by adding nothing else.
+
+    A head of the first layer looks at the previous token; a head of the second looks for the token that came after the
+    present one before, and votes for it (an induction head: Olsson et al. 2022, "In-context Learning and Induction
+    Heads"). Models find this circuit by themselves, but only after many times the tokens that are spent here: on the
+    same 0.6 M tokens the second half of a repeated list was predicted to 57 % with the sketch and 24 % without.
+    """
+    import torch
+
+    def projection() -> torch.Tensor:  # [head, hidden], orthonormal rows
+        return torch.linalg.qr(torch.randn(model.config.hidden_size, head))[0].T
+
+    head = model.config.head_dim
+    half, fast, slow = head // 2, slice(0, 12), [*range(head // 4, head // 2), *range(3 * head // 4, head)]
+    turn = model.model.rotary_emb.inv_freq[fast]
+    first, second = (model.model.layers[i].self_attn for i in (0, 1))
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        for attention in (first, second):
+            attention.q_proj.weight[:head] *= 0.1
+            attention.k_proj.weight[:head] *= 0.1
+        # One constant dimension gives queries and keys that do not depend on the token. The query is turned back by
+        # one position, so that the rotary embedding makes it fit the key just before.
+        model.model.embed_tokens.weight[:, 0] = 4 * INITIAL_STD
+        strength = 1.1
+        first.k_proj.weight[:head, 0] = 0
+        first.q_proj.weight[:head, 0] = 0
+        first.k_proj.weight[fast, 0] = strength
+        first.q_proj.weight[fast, 0] = strength * torch.cos(turn)
+        first.q_proj.weight[half : half + len(turn), 0] = -strength * torch.sin(turn)
+        token, note, vote = projection(), projection(), projection()
+        first.v_proj.weight[:head] = token
+        first.o_proj.weight[:, :head] = 1.5 * INITIAL_STD * note.T
+        # Match the present token with the noted previous one, in the dimensions that rotate slowly.
+        second.q_proj.weight[slow] = 1.7 * token[:half]
+        second.k_proj.weight[slow] = 1.7 * note[:half]
+        second.v_proj.weight[:head] = vote
+        second.o_proj.weight[:, :head] = 3 * INITIAL_STD * vote.T
 
 
 def batches(tokenizer: Tokenizer, seed: int) -> Iterator[torch.Tensor]:
@@ -158,13 +206,13 @@ def batches(tokenizer: Tokenizer, seed: int) -> Iterator[torch.Tensor]:
         step += 1
 
 
-def learning_rate(step: int, steps: int) -> float:
-    """Linear warmup over the first 2 %, then a cosine down to a twentieth of the peak."""
+def schedule(step: int, steps: int) -> float:
+    """Share of the peak learning rate: linear warmup over the first 2 %, then a cosine down to a twentieth."""
     warmup = max(1, steps // 50)
     if step < warmup:
-        return PEAK_LEARNING_RATE * (step + 1) / warmup
+        return (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)
-    return PEAK_LEARNING_RATE * (0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2)
+    return 0.05 + 0.95 * (1 + math.cos(math.pi * done)) / 2
 
 
 def train(model: LlamaForCausalLM, data: Iterator[torch.Tensor], steps: int) -> tuple[int, float]:
@@ -174,7 +222,12 @@ def train(model: LlamaForCausalLM, data: Iterator[torch.Tensor], steps: int) -> 
 
     weights = list(model.parameters())
     masters = [torch.nn.Parameter(p.detach().float()) for p in weights]
-    optimizer = torch.optim.AdamW(masters, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    is_embedding = [weight is model.model.embed_tokens.weight for weight in weights]
+    groups = [
+        {"params": [m for m, e in zip(masters, is_embedding, strict=True) if e], "peak": EMBEDDING_LEARNING_RATE},
+        {"params": [m for m, e in zip(masters, is_embedding, strict=True) if not e], "peak": MATRIX_LEARNING_RATE},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
     started, tokens = time.monotonic(), 0
     recent: list[float] = []
     for step in range(steps):
@@ -186,7 +239,8 @@ def train(model: LlamaForCausalLM, data: Iterator[torch.Tensor], steps: int) -> 
             assert weight.grad is not None
             master.grad, weight.grad = weight.grad.float(), None
         torch.nn.utils.clip_grad_norm_(masters, 1.0)
-        optimizer.param_groups[0]["lr"] = learning_rate(step, steps)
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * schedule(step, steps)
         optimizer.step()
         with torch.no_grad():
             for weight, master in zip(weights, masters, strict=True):

@@ -14,7 +14,7 @@ from llmtune.console import speaker
 PROGRAM = "llmtune"
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but results, warnings and errors.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks and what the libraries below say.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 # Plain help: it can be read by grep, and rich need not be loaded to print it.
 app = typer.Typer(name=PROGRAM, add_completion=False, rich_markup_mode=None, suggest_commands=False)
@@ -39,8 +39,7 @@ def command(name: str, *, example: str) -> Callable[[Callable[..., None]], Calla
         @functools.wraps(function)
         def run(*, quiet: bool, debug: bool, **given: Any) -> None:
             speaker.quiet = speaker.quiet or quiet
-            if not debug:
-                quieten_libraries()
+            _settle_environment()
             function(**given)
 
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
@@ -52,26 +51,12 @@ def command(name: str, *, example: str) -> Callable[[Callable[..., None]], Calla
     return register
 
 
-def quieten_libraries() -> None:
-    """Tell the libraries below to keep to errors: no advice, no progress bars of their own, no telemetry.
+def _settle_environment() -> None:
+    """What the libraries below read when they are imported; what the user has set stays.
 
-    Only environment and logging are touched, so that nothing is imported; what the user has set stays.
+    No telemetry is sent. A tokenizer would otherwise warn whenever a data loader process is forked.
     """
-    import logging
     import os
-    import warnings
 
-    quiet_settings = {
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TOKENIZERS_PARALLELISM": "true",  # unset, it warns whenever a data loader process is forked
-    }
-    if not speaker.interactive:
-        quiet_settings["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    for name, value in quiet_settings.items():
+    for name, value in {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "true"}.items():
         os.environ.setdefault(name, value)
-    for name in ("accelerate", "bitsandbytes", "datasets", "optuna", "peft"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    libraries = "accelerate|bitsandbytes|datasets|huggingface_hub|optuna|peft|torch|transformers"
-    warnings.filterwarnings("ignore", module=rf"({libraries})\b")

@@ -8,7 +8,7 @@ import typer
 
 from llmtune.cli.app import command
 from llmtune.cli.options import Asked, Config, Data, Json, Set, configured
-from llmtune.console import speaker
+from llmtune.console import quieten_libraries, speaker
 from llmtune.errors import DataError
 from llmtune.units import format_bytes
 
@@ -70,6 +70,7 @@ def _report(wanted: RunConfig, source: Source, *, with_tokens: bool) -> DataRepo
         return check_rows(source, format=form, columns=columns)
     from llmtune.finetuner import facts
 
+    quieten_libraries()
     model = facts.model_of(wanted, facts.machine_of(wanted), source, download=True)
     return check_rows(
         source,

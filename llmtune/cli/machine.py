@@ -115,4 +115,5 @@ def accelerate_config(name: ConfigName = None, as_json: Json = False) -> None:
     if as_json:
         speaker.emit([{"name": each, "path": path} for each, path in paths])
     else:
-        speaker.table("", ("name", "path"), paths)
+        for each, path in paths:  # no table: it would break long paths on a narrow terminal
+            speaker.show(f"{each:18}{path}")

@@ -72,7 +72,7 @@ def show(run: Run, as_json: Json = False) -> None:
         speaker.table("What happened", ("step", "event", "what"), rows)
     if summary.plan:
         show_plan((row.choice, row.value, row.source, row.reason) for row in summary.plan)
-    show_next(summary)
+    show_next(summary.next_commands)
 
 
 @command("report", example="llmtune report chats-tinyllama-3f9a1c --open")

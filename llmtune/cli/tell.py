@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from llmtune.finetuner import RunResult
     from llmtune.planning import Plan
     from llmtune.reporting import RunSummary
+    from llmtune.study import StudyResult
 
 
 def tell_plan(plan: Plan, as_json: bool) -> None:
@@ -60,7 +61,7 @@ def tell_result(result: RunResult, as_json: bool) -> None:
     if summary.best:
         speaker.show(f"Best step: {summary.best['step']} of {summary.steps}.")
     _show_places(result)
-    show_next(summary)
+    show_next(summary.next_commands)
 
 
 def show_metrics(summary: RunSummary) -> None:
@@ -70,9 +71,10 @@ def show_metrics(summary: RunSummary) -> None:
         speaker.table("", ("measure", "base", "tuned"), rows)
 
 
-def show_next(summary: RunSummary) -> None:
-    """The commands that make sense now."""
-    speaker.table("Next", ("to", "run"), summary.next_commands)
+def show_next(commands: Iterable[tuple[str, str]]) -> None:
+    """The commands that make sense now, each on a line of its own so that it can be copied whole."""
+    for purpose, command in commands:
+        speaker.show(f"To {purpose}:\n  {command}")
 
 
 def introduce_demo() -> None:
@@ -108,12 +110,23 @@ def tell_demo(result: RunResult, as_json: bool) -> None:
     _show_places(result)
     place = shlex.quote(str(result.run_dir))
     order = shlex.quote("Please send 12 red lamps to Marlow for Ada Quill.")
-    steps = [
-        ("ask it", f"llmtune chat {place} --once {order}"),
-        ("see what was planned, and why", f"llmtune show {place}"),
-        ("train on your own data", "llmtune train YOUR.jsonl"),
-    ]
-    speaker.table("Next", ("to", "run"), steps)
+    show_next(
+        [
+            ("ask it", f"llmtune chat {place} --once {order}"),
+            ("see what was planned, and why", f"llmtune show {place}"),
+            ("train on your own data", "llmtune train YOUR.jsonl"),
+        ]
+    )
+
+
+def tell_study(result: StudyResult, as_json: bool) -> None:
+    """The trials, best first, and the file that repeats the best."""
+    if as_json:
+        speaker.emit(result.to_json())
+        return
+    speaker.table("Trials", ("trial", "state", result.metric.replace("_", " "), "parameters"), result.rows())
+    speaker.show(result.text)
+    show_next([("train the best configuration", f"llmtune train --config {shlex.quote(str(result.config_path))}")])
 
 
 def _show_places(result: RunResult) -> None:
@@ -128,6 +141,8 @@ def _show_places(result: RunResult) -> None:
 def _shown(value: object) -> str:
     if isinstance(value, list):
         return ", ".join(str(part) for part in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
 
 

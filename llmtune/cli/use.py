@@ -10,7 +10,7 @@ import typer
 
 from llmtune.cli.app import command
 from llmtune.cli.options import EvalData, Json, Run, find_run
-from llmtune.console import speaker
+from llmtune.console import quieten_libraries, speaker
 
 if TYPE_CHECKING:
     from llmtune.finetuner import TunedRun
@@ -27,9 +27,7 @@ def evaluate(run: Run, eval_data: EvalData = None, as_json: Json = False) -> Non
 
     Loss and perplexity of both on the rows the run held out, or on other data.
     """
-    from llmtune.finetuner import TunedRun
-
-    verdict = TunedRun.open(find_run(run)).evaluate(eval_data)
+    verdict = _open(run).evaluate(eval_data)
     if as_json:
         speaker.emit(verdict.to_json())
     else:
@@ -48,9 +46,7 @@ def chat(run: Run, once: Once = None, max_new_tokens: MaxNewTokens = None, as_js
     Ctrl-D ends, /new begins a new conversation. Piped input is taken as one prompt per line and gives one
     answer per line; a line break inside an answer is written as a backslash and n.
     """
-    from llmtune.finetuner import TunedRun
-
-    tuned = TunedRun.open(find_run(run))
+    tuned = _open(run)
     if once is not None:
         answer = tuned.generate(once, max_new_tokens=max_new_tokens)
         speaker.emit({"prompt": once, "answer": answer}) if as_json else speaker.show(answer)
@@ -63,6 +59,14 @@ def chat(run: Run, once: Once = None, max_new_tokens: MaxNewTokens = None, as_js
             speaker.show(answer.replace("\n", "\\n"))  # one line each, so that answers stay beside their prompts
     else:
         _converse(tuned, max_new_tokens)
+
+
+def _open(run: str) -> TunedRun:
+    from llmtune.finetuner import TunedRun
+
+    path = find_run(run)
+    quieten_libraries()
+    return TunedRun.open(path)
 
 
 def _answers(tuned: TunedRun, max_new_tokens: int | None) -> Iterator[tuple[str, str]]:

@@ -91,7 +91,7 @@ class EvaluateConfig(Group):
 
     every_steps: Positive | None = Field(None, description="updates between evaluations")
     base: bool = Field(True, description="evaluate the untouched base model before step 1")
-    metric: str = Field("eval_loss", description="metric of best checkpoint and early stopping")
+    metric: str = Field("eval_loss", description="eval_loss, perplexity or a metric of your own")
     greater_is_better: bool | None = Field(None, description="direction of metric; losses: smaller is better")
     patience: Positive | None = Field(None, description="stop after this many evaluations without improvement")
     min_delta: Annotated[float, Field(ge=0)] = Field(0.0, description="smallest change that counts as improvement")

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.config import RunConfig, load_config
-from llmtune.console import speaker
+from llmtune.console import quieten_libraries, speaker
 from llmtune.data import DataReport
-from llmtune.errors import CheckpointError, ConfigError, PlanError
+from llmtune.errors import CheckpointError, ConfigError, HardwareError, PlanError, did_you_mean
 from llmtune.evaluation import Metric
 from llmtune.finetuner import account, facts
 from llmtune.finetuner.result import RunResult
@@ -84,6 +84,7 @@ class FineTuner:
         Args:
             hardware: Plan for this machine instead of the present one.
         """
+        quieten_libraries()
         machine = facts.machine_of(self.config, hardware)
         source, evaluation = facts.sources_of(self.config, self._data)
         model = facts.model_of(self.config, machine, source, download=False)
@@ -98,11 +99,18 @@ class FineTuner:
         """
         from llmtune.training import Ranks, run_training
 
+        quieten_libraries()
         machine = facts.machine_of(self.config)
+        if machine.device.index:
+            raise HardwareError(
+                f"one process trains on the first GPU it sees, and {machine.device} was asked for; make it the first: "
+                f"CUDA_VISIBLE_DEVICES={machine.device.index} with device=cuda"
+            )
         ranks = Ranks(on_cpu=machine.device.type == "cpu")
         speaker.muted = not ranks.is_main
         if shortfall := launch_shortfall(os.environ):
             speaker.warn(shortfall)
+        self._require_metric()
         source, evaluation = facts.sources_of(self.config, self._data)
         report = facts.check_data(self.config, source)
         report.raise_if_bad(self.config.data.on_bad_row)
@@ -154,6 +162,12 @@ class FineTuner:
         config = load_config(run.run["config"], environ={}, where=str(run.path / "run.json"))
         output = config.output.model_copy(update={"dir": str(run.path)})
         return cls(data, config=config.model_copy(update={"output": output}), **kwargs).train()
+
+    def _require_metric(self) -> None:
+        wanted = self.config.evaluate.metric.removeprefix("eval_")
+        known = ("loss", "perplexity", *self._metrics)
+        if wanted not in known:
+            raise ConfigError("evaluate.metric", [f"got '{wanted}'{did_you_mean(wanted, known)}"])
 
     def _open_run(self, ranks: Ranks, model: facts.Model, data: facts.Data, data_name: str) -> RunDirectory:
         revision = self.config.model.revision

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from llmtune.errors import HardwareError, did_you_mean
 from llmtune.hardware.facts import Accelerator, Hardware
-from llmtune.units import format_bytes
 
 _TYPES = ("auto", "cpu", "cuda", "mps", "xpu")
 
@@ -33,7 +32,7 @@ def choose_device(hardware: Hardware, requested: str = "auto") -> DeviceChoice:
     Args:
         hardware: What the machine is.
         requested: ``auto``, ``cpu``, ``cuda`` (ROCm too), ``mps``, ``xpu``, or one device: ``cuda:1``. Of several
-            that qualify the one with most free memory is taken.
+            that qualify the first is taken, as torch and transformers do.
 
     Raises:
         HardwareError: No such device name, or no such device here.
@@ -50,10 +49,10 @@ def choose_device(hardware: Hardware, requested: str = "auto") -> DeviceChoice:
             f"device '{requested}' was asked for and is not there; found: {_found(hardware)}. "
             "Take one of these or 'auto'; 'llmtune doctor' says what keeps a device from being seen."
         )
-    best = max(candidates, key=lambda a: (a.free_bytes, -a.index))
+    best = min(candidates, key=lambda a: a.index)
     reason = "asked for" if kind != "auto" else "the accelerator found"
     if len(candidates) > 1:
-        reason = f"most free memory of {len(candidates)}: {format_bytes(best.free_bytes)}"
+        reason = f"the first of {len(candidates)}; CUDA_VISIBLE_DEVICES=N picks another, accelerate launch uses all"
     return DeviceChoice(
         type=torch_type(best),
         index=best.index,

@@ -12,7 +12,7 @@ from llmtune.runs import RunDirectory
 PRUNED_AT = "pruned_at"
 
 
-class PruningGuard(TrainerCallback):  # type: ignore[misc]
+class PruningGuard(TrainerCallback):
     """Reports ``metric`` to the trial at every evaluation and ends the run where the pruner says so.
 
     The decision is stored with the trial before the run stops, so that a process killed in between does not forget

@@ -229,7 +229,7 @@ def _parsed(key: str, integer: bool, entry: Mapping[str, Any]) -> tuple[Dimensio
             problems.append("give either choices or a range, not both")
         if problems:
             return None, problems
-        choices = tuple(dict.fromkeys(value for value in values if value is not None))
+        choices = tuple(dict.fromkeys(_whole(value) if integer else value for value in values if value is not None))
         return Dimension(key=key, integer=integer, choices=choices), []
     problems += [f"'{name}' is missing" for name in ("low", "high") if name not in entry]
     if problems:
@@ -260,6 +260,11 @@ def _number(value: Any) -> float | None:
         except ValueError:
             return None
     return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _whole(value: float) -> float:
+    """``8`` for ``8.0``; a value with a fraction stays for the configuration to refuse."""
+    return int(value) if value == int(value) else value
 
 
 def _refusals(key: str, value: float | None) -> list[str]:

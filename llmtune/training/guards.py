@@ -16,7 +16,7 @@ from transformers.trainer_callback import ExportableState
 
 from llmtune.checkpoints import retain
 from llmtune.console import speaker
-from llmtune.errors import ConfigError, Preempted
+from llmtune.errors import Preempted
 from llmtune.runs import RunDirectory
 
 
@@ -87,10 +87,13 @@ class EarlyStopping(TrainerCallback, ExportableState):
         """What a checkpoint keeps of it."""
         return {"args": {}, "attributes": {"best": self.best, "bad_evaluations": self.bad_evaluations}}
 
-    def restore(self, saved: dict[str, Any]) -> None:
-        """Continue from what a checkpoint kept."""
-        self.best = saved["attributes"]["best"]
-        self.bad_evaluations = saved["attributes"]["bad_evaluations"]
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Continue from what the checkpoint kept, if this run goes on from one."""
+        if state.global_step > 0:
+            kept = state.stateful_callbacks[type(self).__name__]["attributes"]
+            self.best, self.bad_evaluations = kept["best"], kept["bad_evaluations"]
 
     def on_evaluate(
         self,
@@ -111,26 +114,6 @@ class EarlyStopping(TrainerCallback, ExportableState):
             reason = f"{self._metric} has not improved on {self.best:.4f} in {self._patience} evaluations"
             control.should_training_stop = True
             self._on_stop(state.global_step, reason)
-
-
-class MetricRequired(TrainerCallback):
-    """Makes sure that the metric which chooses the best checkpoint is really measured, at the first evaluation."""
-
-    def __init__(self, metric: str) -> None:
-        self._metric = metric
-
-    def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        """Refuse a metric that no evaluation gives."""
-        if self._metric not in (metrics or {}):
-            known = ", ".join(sorted(metrics or {}))
-            raise ConfigError("evaluate.metric", [f"got '{self._metric}', but evaluations measure {known}"])
 
 
 class CheckpointCleanup(TrainerCallback):

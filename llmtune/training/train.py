@@ -26,7 +26,6 @@ from llmtune.training.arguments import greater_is_better, metric_key, training_a
 from llmtune.training.guards import (
     CheckpointCleanup,
     EarlyStopping,
-    MetricRequired,
     PreemptionGuard,
     StopSignal,
     early_stop_notice,
@@ -144,8 +143,6 @@ def _trainer(job: TrainingJob, stop: StopSignal, *, resumes: bool) -> UpdateTrai
         trainer.add_callback(Watcher(events, ProgressDisplay(memory)))
         trainer.add_callback(CheckpointCleanup(run, plan.keep_checkpoints.value))
     trainer.add_callback(PreemptionGuard(lambda: trainer.stop_agreed))
-    if evaluates:
-        trainer.add_callback(MetricRequired(metric_key(config)))
     if evaluates and plan.patience.value is not None:
         trainer.add_callback(
             EarlyStopping(
@@ -215,14 +212,18 @@ def _final_metrics(history: list[dict[str, Any]], best: int | None) -> dict[str,
     metrics: dict[str, float] = {}
     if 0 in evaluations:
         metrics["base_eval_loss"] = evaluations[0]["eval_loss"]
-        metrics["base_perplexity"] = evaluations[0]["eval_perplexity"]
+        metrics |= {f"base_{name}": value for name, value in _by_name(evaluations[0]).items()}
     trained = {step: entry for step, entry in evaluations.items() if step > 0}
     if trained:
         entry = trained.get(best if best is not None else max(trained), trained[max(trained)])
-        metrics |= {"eval_loss": entry["eval_loss"], "perplexity": entry["eval_perplexity"]}
-        extra = {k.removeprefix("eval_"): v for k, v in entry.items() if k.startswith("eval_")}
-        metrics |= {k: v for k, v in extra.items() if k not in ("loss", "perplexity", "tokens")}
+        metrics |= {"eval_loss": entry["eval_loss"]} | _by_name(entry)
     return metrics
+
+
+def _by_name(evaluation: Mapping[str, float]) -> dict[str, float]:
+    """Perplexity and the user's metrics of one evaluation, without the Trainer's prefix."""
+    named = {key.removeprefix("eval_"): value for key, value in evaluation.items() if key.startswith("eval_")}
+    return {name: value for name, value in named.items() if name not in ("loss", "tokens")}
 
 
 def _save_final(job: TrainingJob, trainer: UpdateTrainer) -> None:

@@ -1,0 +1,17 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+from factories import DIRECTORY_NAMES, save_family_model
+
+
+@pytest.fixture(scope="session")
+def family_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """``family_model(family)``: the directory of a tiny saved model of that family, made once per session."""
+    root = tmp_path_factory.mktemp("models")
+    return cache(lambda family: save_family_model(family, root / DIRECTORY_NAMES[family]))
