@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -15,3 +15,13 @@ def family_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
     """``family_model(family)``: the directory of a tiny saved model of that family, made once per session."""
     root = tmp_path_factory.mktemp("models")
     return cache(lambda family: save_family_model(family, root / DIRECTORY_NAMES[family]))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Tests neither read nor write the user's caches, and never look for the Hub."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLMTUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.delenv("LLMTUNE_STORE", raising=False)
+        yield

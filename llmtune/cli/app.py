@@ -52,11 +52,14 @@ def command(name: str, *, example: str) -> Callable[[Callable[..., None]], Calla
 
 
 def _settle_environment() -> None:
-    """What the libraries below read when they are imported; what the user has set stays.
+    """What the libraries below heed when they are imported, before anything can be asked of them.
 
-    No telemetry is sent. A tokenizer would otherwise warn whenever a data loader process is forked.
+    No telemetry is sent. A tokenizer would otherwise warn whenever a data loader process is forked, and bitsandbytes
+    of a kernel that it does not need. What the user has set stays.
     """
+    import logging
     import os
 
     for name, value in {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "true"}.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -79,12 +79,20 @@ class Asked:
 def configured(asked: Asked, config: str | None, settings: list[str] | None) -> RunConfig:
     """The configuration of flags, ``--set``, ``--config`` and environment together.
 
+    The data are looked for at once, so that a mistyped name is told before the seconds that torch takes to load.
+
     Raises:
         ConfigError: Every problem at once.
+        DataError: There are no such data.
     """
     from llmtune.config import load_config
+    from llmtune.data import resolve
 
-    return load_config(asked.overrides(), settings=settings or (), file=config)
+    wanted = load_config(asked.overrides(), settings=settings or (), file=config)
+    for path in (wanted.data.path, wanted.data.eval_path):
+        if path is not None:
+            resolve(path)
+    return wanted
 
 
 def find_run(text: str) -> Path:

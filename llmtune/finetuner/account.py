@@ -165,7 +165,7 @@ def finish(run: RunDirectory, outcome: TrainingOutcome) -> RunResult:
 def index(run: RunDirectory) -> None:
     """Tell the run store; losing the store loses nothing, so its failure is a warning."""
     try:
-        RunStore(store_url(), root=run.path.parent).index(run.path)
+        RunStore(store_url(), root=run.run["config"]["output"]["root"]).index(run.path)
     except ConfigError:
         raise
     except Exception as error:  # the store is an index over run directories, whatever its database says

@@ -252,8 +252,6 @@ class RunStore:
                 self.root.mkdir(parents=True, exist_ok=True)
             except OSError as error:
                 raise ConfigError(str(self.root), [f"the directory of runs cannot be made: {error}"]) from error
-            if not file.exists() and self._scan():
-                speaker.say(f"no index of runs at {file}; it is made from the runs in {self.root}.")
         elif file.is_file() and file.stat().st_size and not _is_sqlite(file):
             raise ConfigError("LLMTUNE_STORE", [f"{file} is a file, but no SQLite database; name another one"])
 

@@ -74,7 +74,8 @@ class StudyResult:
         best, default = self.best.value, self.default.value
         if best is None or default is None or default == 0:
             return None
-        return (best - default) / abs(default) * (1 if self.greater_is_better else -1)
+        gain = best - default if self.greater_is_better else default - best
+        return gain / abs(default)
 
     @property
     def text(self) -> str:
@@ -159,7 +160,7 @@ def write_best(result: StudyResult, config: RunConfig, *, model: str, method: st
     lines = [
         f"# The best configuration of study {result.study}.",
         f"# {result.text}",
-        f"# Train it with: llmtune train --config {result.config_path.name}",
+        f"# Train it with: llmtune train --config {result.config_path}",
     ]
     if config.data.path is None:
         lines.append("# The study ran on rows in memory: name the data, llmtune train DATA --config …")
