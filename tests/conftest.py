@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
+
 from factories import DIRECTORY_NAMES, save_family_model
 
 
@@ -22,6 +26,5 @@ def _own_surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     """Tests neither read nor write the user's caches, and never look for the Hub."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLMTUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("HF_HUB_OFFLINE", "1")
         patch.delenv("LLMTUNE_STORE", raising=False)
         yield

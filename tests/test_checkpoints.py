@@ -100,7 +100,7 @@ def test_a_renamed_checkpoint_is_rejected(tmp_path: Path) -> None:
 
 def test_when_none_verifies_nothing_is_restarted_silently(tmp_path: Path) -> None:
     _truncate(make(tmp_path, 3))
-    with pytest.raises(CheckpointError, match="none of 1 checkpoints verifies.*--output"):
+    with pytest.raises(CheckpointError, match=r"none of 1 checkpoints verifies.*--output"):
         newest_verified(tmp_path, lambda info: None)
     assert newest_verified(tmp_path / "nothing-here", lambda info: None) is None
 

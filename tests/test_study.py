@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmtune.config import load_config
-from llmtune.errors import ConfigError, LlmtuneError, MissingExtraError, OutputError
+from llmtune.errors import ConfigError, LlmtuneError, MissingExtraError, OutputError, Preempted
 from llmtune.runs import RunDirectory
 from llmtune.study import Dimension, Study, StudyResult, TrialRecord, default_space, read_space
 from llmtune.study.space import grid
@@ -377,6 +377,26 @@ def test_a_dead_trial_is_continued_with_its_number_parameters_and_decision(data,
     assert len(RunDirectory.open(result.trials[1].run_dir).steps()) == 1
 
 
+@pytest.mark.slow
+def test_a_signal_stops_the_study_and_the_same_command_continues_it(data, tmp_path):
+    evaluations = []
+
+    def measure(answers, references):
+        evaluations.append(answers)
+        if len(evaluations) == 5:  # the first evaluation of trial 1
+            os.kill(os.getpid(), signal.SIGTERM)
+        return 0.0
+
+    settings = SHORT | {"max_steps": 4, "max_new_tokens": 1, "metrics": {"zero": measure}}
+    with pytest.raises(Preempted, match=r"stopped in trial 1; 1 of 2 trials are done") as caught:
+        Study(data, trials=2, output=tmp_path / "s", **settings).run()
+    assert caught.value.exit_code == 75
+    result = Study(data, trials=2, output=tmp_path / "s", **settings).run()
+    assert [(trial.number, trial.state) for trial in result.trials] == [(0, "complete"), (1, "complete")]
+    resumed = [e for e in RunDirectory.open(result.trials[1].run_dir).events() if e["event"] == "run_started"]
+    assert resumed[-1]["resumed_from"]
+
+
 PROGRAM = """
 import json, sys
 from llmtune.study import Study
@@ -398,7 +418,14 @@ def _start(tmp_path, data, output):
 
 @pytest.mark.slow
 @pytest.mark.fault
-@pytest.mark.parametrize("moment", ["run.json", "checkpoints/checkpoint-1", "adapter"])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "checkpoints/checkpoint-1",
+        pytest.param("run.json", marks=pytest.mark.sweep),
+        pytest.param("adapter", marks=pytest.mark.sweep),
+    ],
+)
 def test_a_killed_study_ends_with_exactly_its_trials(data, tmp_path, moment):
     process = _start(tmp_path, data, tmp_path / "killed")
     awaited = tmp_path / "killed" / "trials" / "trial-002" / moment

@@ -40,7 +40,7 @@ def test_how_an_update_is_cut_changes_nothing(family_model: Model, tmp_path: Pat
 
 
 def test_the_trajectory_is_that_of_a_plain_loop(family_model: Model, tmp_path: Path) -> None:
-    """An independent loop in ten lines: same rows per update, mean over supervised tokens, AdamW, clipping, schedule."""
+    """An independent loop: same rows per update, mean over supervised tokens, AdamW, clipping, constant rate."""
     result = tune(
         family_model("llama"), tmp_path / "run", method="full", schedule="constant", warmup_ratio=0, weight_decay=0.1
     )
@@ -237,7 +237,7 @@ def test_an_error_in_a_users_callback_is_told_as_such(family_model: Model, tmp_p
             if state.global_step == 3:
                 raise ZeroDivisionError("my own mistake")
 
-    with pytest.raises(LlmtuneError, match="my own mistake.*traceback is in"):
+    with pytest.raises(LlmtuneError, match=r"my own mistake.*traceback is in"):
         tune(family_model("llama"), tmp_path / "run", callbacks=[Broken()])
     run = RunDirectory.open(tmp_path / "run")
     assert run.run["status"] == "failed"

@@ -84,6 +84,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _close_stdout()
         return PIPE_CLOSED
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # how rich ends a program whose reader is gone
+            return PIPE_CLOSED
+        raise
     except Exception as error:
         return _failed(_defect(error), debug=_debugging(arguments))
 
