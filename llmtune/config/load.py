@@ -2,146 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
+from llmtune.config.keys import is_text, resolve_key, settable_keys
 from llmtune.config.schema import RunConfig
-from llmtune.errors import ConfigError, did_you_mean
+from llmtune.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 ENVIRONMENT_PREFIX = "LLMTUNE_"
-# Read elsewhere in `config`: the run store's URL, the cache folder, and the switch that shows tracebacks.
+# Read elsewhere: the run store's URL, the cache folder, and the switch that shows tracebacks.
 RESERVED_ENVIRONMENT = ("LLMTUNE_STORE", "LLMTUNE_CACHE", "LLMTUNE_DEBUG")
-# A bare string given for these groups means this key of theirs.
-BARE_STRING_KEY = {"model": "id", "output": "dir"}
+SECRET = "model.token"
 
 
-def settable_keys() -> dict[str, str]:
-    """Every key as ``group.leaf`` -> its description."""
-    return {
-        f"{group}.{leaf}": info.description or ""
-        for group, field in RunConfig.model_fields.items()
-        for leaf, info in field.annotation.model_fields.items()  # type: ignore[union-attr]
-    }
+@dataclass(frozen=True, slots=True)
+class _Setting:
+    value: Any
+    where: str
 
 
-def _leaves() -> dict[str, list[str]]:
-    leaves: dict[str, list[str]] = {}
-    for key in settable_keys():
-        leaves.setdefault(key.split(".")[1], []).append(key)
-    return leaves
+@dataclass(slots=True)
+class _Gathered:
+    """What all sources said, by full key, and what was wrong with it: ``(source, sentence)``."""
 
+    settings: dict[str, _Setting] = field(default_factory=dict)
+    problems: list[tuple[str, str]] = field(default_factory=list)
 
-def resolve_key(key: str) -> str:
-    """The full ``group.leaf[.entry]`` of a key given in full or, where unique, by its leaf alone.
+    def add(self, where: str, given: Iterable[tuple[str, Any]], *, is_source_text: bool = False) -> None:
+        """Take the keys of one source; what earlier sources said about them no longer counts.
 
-    Raises:
-        ValueError: The key is unknown (the nearest one is named) or its leaf stands in several groups.
-    """
-    known = settable_keys()
-    head = ".".join(key.split(".")[:2])
-    if head in known:
-        if key != head and head != "data.columns":
-            raise ValueError(f"{key}: '{head}' has no keys below it")
-        return key
-    if key in RunConfig.model_fields:
-        if key in BARE_STRING_KEY:
-            return f"{key}.{BARE_STRING_KEY[key]}"
-        raise ValueError(
-            f"{key}: is a group; give one of its keys, such as '{next(k for k in known if k.startswith(key + '.'))}'"
-        )
-    owners = _leaves().get(key.split(".")[0], [])
-    if len(owners) == 1 and "." not in key:
-        return owners[0]
-    if len(owners) == 1 and owners[0] == "data.columns":
-        return f"data.{key}"
-    if len(owners) > 1 and "." not in key:
-        raise ValueError(f"{key}: stands in several groups, give one of {', '.join(owners)}")
-    group, _, leaf = key.partition(".")
-    if leaf and group in RunConfig.model_fields:
-        siblings = [k.split(".")[1] for k in known if k.startswith(group + ".")]
-        raise ValueError(f"{key}: unknown key{did_you_mean(leaf, siblings)}")
-    match = did_you_mean(key, [*known, *_leaves()])
-    raise ValueError(f"{key}: unknown key{match if 'did you mean' in match else '; `llmtune train --help` lists them'}")
+        Args:
+            where: The source's name in messages.
+            given: Keys, in full or by leaf, and values.
+            is_source_text: The values are texts, to be read as YAML unless the key holds text.
+        """
+        seen: set[str] = set()
+        for key, value in given:
+            try:
+                full = resolve_key(key)
+            except ValueError as error:
+                self.problems.append((where, str(error)))
+                continue
+            if full in seen and not is_source_text:  # a repeated flag is a correction, a repeated key a mistake
+                self.problems.append((where, f"{full}: is given twice"))
+            seen.add(full)
+            if is_source_text:
+                value = value if is_text(full) else parse_value(value)
+            for entry in [known for known in self.settings if known.startswith(full + ".")]:
+                del self.settings[entry]
+            self.settings[full] = _Setting(value, where)
 
+    def tree(self) -> dict[str, dict[str, Any]]:
+        """The nested document that ``RunConfig`` validates."""
+        tree: dict[str, dict[str, Any]] = {}
+        for key in sorted(self.settings):  # a whole mapping comes before the entries that are set on top of it
+            group, leaf, *entry = key.split(".", 2)
+            leaves = tree.setdefault(group, {})
+            if not entry:
+                leaves[leaf] = self.settings[key].value
+            elif isinstance(whole := leaves.setdefault(leaf, {}), Mapping):
+                leaves[leaf] = {**whole, entry[0]: self.settings[key].value}
+        return tree
 
-def _put(tree: dict[str, dict[str, Any]], key: str, value: Any) -> None:
-    group, leaf, *entry = key.split(".", 2)
-    if entry:
-        tree.setdefault(group, {}).setdefault(leaf, {})[entry[0]] = value
-    else:
-        tree.setdefault(group, {})[leaf] = value
-
-
-def _flatten(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Keys as given, with groups opened one level: ``{train: {epochs: 3}, rank: 8}`` -> ``train.epochs``, ``rank``."""
-    flat: dict[str, Any] = {}
-    for key, value in document.items():
-        if isinstance(value, Mapping) and key in RunConfig.model_fields:
-            flat |= {f"{key}.{leaf}": inner for leaf, inner in value.items()}
-        else:
-            flat[key] = value
-    return flat
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(str(path), ["no such file; --config expects a YAML file"]) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), [f"cannot be read: {error}"]) from None
-    except yaml.YAMLError as error:
-        raise ConfigError(str(path), [f"is not valid YAML: {str(error).replace(chr(10), ' ')}"]) from None
-    if document is None:
-        return {}
-    if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
-        raise ConfigError(str(path), ["expected a mapping of keys such as `train: {epochs: 3}`"])
-    return document
-
-
-def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
-    """``LLMTUNE_TRAIN_EPOCHS`` or, where the leaf is unique, ``LLMTUNE_EPOCHS``."""
-    values: dict[str, Any] = {}
-    groups = tuple(RunConfig.model_fields)
-    for name, text in environ.items():
-        if not name.startswith(ENVIRONMENT_PREFIX) or name in RESERVED_ENVIRONMENT:
-            continue
-        key = name.removeprefix(ENVIRONMENT_PREFIX).lower()
-        group = next((g for g in groups if key.startswith(g + "_")), None)
-        qualified = f"{group}.{key.removeprefix(f'{group}_')}" if group else key
-        values[qualified if qualified in settable_keys() else key] = parse_value(text)
-    return values
-
-
-def parse_value(text: str) -> Any:
-    """The YAML meaning of a flag's text: ``3`` is a number, ``true`` a switch, ``[a, b]`` a list, ``1e-4`` a number."""
-    import yaml
-
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-    if isinstance(value, str):
-        try:
-            return float(value)  # YAML 1.1 reads 1e-4 as text
-        except ValueError:
-            return text
-    return text if value is None and text not in ("null", "~", "") else value
-
-
-def _merge(
-    tree: dict[str, dict[str, Any]], source: Mapping[str, Any], where: str, problems: dict[str, list[str]]
-) -> None:
-    for key, value in _flatten(source).items():
-        try:
-            _put(tree, resolve_key(key), value)
-        except ValueError as error:
-            problems.setdefault(where, []).append(str(error))
+    def source_of(self, location: Sequence[str | int]) -> str:
+        """Which source set the value at ``location`` of the document."""
+        parts = [str(part) for part in location]
+        for length in range(len(parts), 0, -1):
+            if (setting := self.settings.get(".".join(parts[:length]))) is not None:
+                return setting.where
+        return "configuration"
 
 
 def load_config(
@@ -162,55 +99,118 @@ def load_config(
         where: What to call the overrides in messages.
 
     Raises:
-        ConfigError: With every problem of the first source that has one, each with the nearest known key.
+        ConfigError: With every problem of every source, each with the nearest known key.
     """
-    import os
-
-    tree: dict[str, dict[str, Any]] = {}
-    problems: dict[str, list[str]] = {}
-    _merge(tree, _from_environment(os.environ if environ is None else environ), "environment", problems)
+    gathered = _Gathered()
+    for name, key, text in _from_environment(os.environ if environ is None else environ):
+        gathered.add(name, [(key, text)], is_source_text=True)
     if file is not None:
-        _merge(tree, _read_file(Path(file)), str(file), problems)
-    pairs: dict[str, Any] = {}
-    for setting in settings:
-        key, separator, text = setting.partition("=")
-        if not separator or not key.strip():
-            problems.setdefault("--set", []).append(f"got '{setting}', expected key=value")
-            continue
-        pairs[key.strip()] = parse_value(text)
-    _merge(tree, {k: v for k, v in (overrides or {}).items() if v is not None}, where, problems)
-    _merge(tree, pairs, "--set", problems)
-    invalid = _validation_problems(tree)
-    if problems or invalid:
-        place = (
-            next(iter(problems)) if len(problems) == 1 and not invalid else (str(file) if file and invalid else where)
-        )
-        raise ConfigError(place, [text for texts in problems.values() for text in texts] + invalid)
-    return RunConfig.model_validate(tree)
-
-
-def _validation_problems(tree: Mapping[str, Any]) -> list[str]:
+        gathered.add(str(file), _flatten(_read_file(Path(file))))
+    gathered.add(where, ((key, value) for key, value in _flatten(overrides or {}) if value is not None))
+    pairs = [setting.partition("=") for setting in settings]
+    gathered.problems += [("--set", _no_pair(key)) for key, separator, _ in pairs if not (separator and key.strip())]
+    gathered.add("--set", ((key.strip(), text) for key, equals, text in pairs if equals and key.strip()), is_source_text=True)
+    tree = gathered.tree()
     try:
-        RunConfig.model_validate(tree)
+        config = RunConfig.model_validate(tree)
     except ValidationError as error:
-        return [
-            f"{'.'.join(str(part) for part in item['loc'])}: got {_shown(item['input'])}, {_expectation(item)}"
-            for item in error.errors()
-        ]
-    return []
+        gathered.problems += [(gathered.source_of(item["loc"]), _sentence(item)) for item in error.errors()]
+    if gathered.problems:
+        raise _error(gathered.problems)
+    return config
 
 
-def _shown(value: Any) -> str:
-    return "a secret" if "SecretStr" in type(value).__name__ else repr(value)
+def parse_value(text: str) -> Any:
+    """The YAML meaning of a text: ``3`` is a number, ``true`` a switch, ``[a, b]`` a list; else the text itself."""
+    import yaml
+
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    return text if value is None and text.lower() not in ("null", "~") else value
 
 
-def _expectation(item: Any) -> str:
+def _flatten(document: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Keys as given, with groups opened: ``{train: {epochs: 3}, rank: 8}`` -> ``train.epochs``, ``rank``."""
+    flat: list[tuple[str, Any]] = []
+    for key, value in document.items():
+        if key in RunConfig.model_fields and isinstance(value, Mapping):
+            flat += [(f"{key}.{leaf}", inner) for leaf, inner in value.items()]
+        elif key not in RunConfig.model_fields or value is not None:  # a group whose keys are all commented out
+            flat.append((key, value))
+    return flat
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    import yaml
+
+    from llmtune.config.yaml import read_yaml
+
+    try:
+        document = read_yaml(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(str(path), ["no such file; expected a YAML file of keys such as `train: {epochs: 3}`"]) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), [f"cannot be read: {error}"]) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(str(path), [f"is not valid YAML: {' '.join(str(error).split())}"]) from None
+    if document is None:
+        return {}
+    if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
+        raise ConfigError(str(path), ["expected a mapping of keys such as `train: {epochs: 3}`"])
+    return document
+
+
+def _from_environment(environ: Mapping[str, str]) -> list[tuple[str, str, str]]:
+    """Variable, key and text of ``LLMTUNE_TRAIN_EPOCHS`` or, where the leaf is unique, ``LLMTUNE_EPOCHS``."""
+    found = []
+    for name, text in sorted(environ.items()):
+        if not name.startswith(ENVIRONMENT_PREFIX) or name in RESERVED_ENVIRONMENT or not text:
+            continue
+        key = name.removeprefix(ENVIRONMENT_PREFIX).lower()
+        group, _, leaf = key.partition("_")
+        full = f"{group}.{leaf}"
+        found.append((name, full if full in settable_keys() else key, text))
+    return found
+
+
+def _no_pair(setting: str) -> str:
+    # What has no `=` may still end in an access token, so only the head of it is shown.
+    head = setting.split(":")[0].split(" ")[0]
+    return f"got '{head}', expected key=value, such as --set train.epochs=3"
+
+
+def _error(problems: Sequence[tuple[str, str]]) -> ConfigError:
+    places = {where for where, _ in problems}
+    if len(places) == 1:
+        return ConfigError(places.pop(), [f"{text}." if len(problems) == 1 else text for _, text in problems])
+    return ConfigError("configuration", [f"{where}: {text}" for where, text in problems])
+
+
+def _sentence(item: ErrorDetails) -> str:
+    key = ".".join(str(part) for part in item["loc"])
+    value = item["input"]
+    shown = "a secret" if key.startswith(SECRET) or isinstance(value, SecretStr) else repr(value)
+    return f"{key}: got {shown}, expected {_expectation(item)}"
+
+
+def _expectation(item: ErrorDetails) -> str:
     context = item.get("ctx", {})
-    bounds = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    for name, sign in bounds.items():
+    for name, sign in {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}.items():
         if name in context:
             kind = "an integer" if isinstance(context[name], int) else "a number"
-            return f"expected {kind} {sign} {context[name]:g}"
+            return f"{kind} {sign} {context[name]:g}"
     if "expected" in context:
-        return f"expected {context['expected']}"
-    return f"expected: {item['msg'].removeprefix('Input should be ')}"
+        return str(context["expected"])
+    kinds = {
+        "int": "an integer",
+        "float": "a number",
+        "finite": "a finite number",
+        "bool": "true or false",
+        "string": "a text that is not empty" if item["type"] == "string_too_short" else "a text; quote it in YAML",
+        "tuple": "a list",
+        "too": "a list that is not empty",
+        "dict": "a mapping",
+    }
+    return kinds.get(item["type"].split("_")[0], item["msg"])

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Annotated, Any, Literal
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
 Goal = Literal["highspeed", "quality", "bestaccuracy"]
 Method = Literal["lora", "qlora", "full"]
@@ -24,10 +26,38 @@ class Group(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _auto_is_none(cls, value: Any, info: ValidationInfo) -> Any:
-        """Let people write ``auto`` for every key that is chosen for them when it is left out."""
-        default = cls.model_fields[info.field_name].default if info.field_name else ...
-        return None if value == "auto" and default is None else value
+    def _as_people_write(cls, value: Any, info: ValidationInfo) -> Any:
+        """``auto`` for a key that is chosen when left out; ``1e-4``, text in YAML 1.1, for a number; ``a, b`` for a list.
+
+        A switch is not a number, though pydantic would read ``true`` as 1.
+        """
+        field = cls.model_fields[info.field_name or ""]
+        if value == "auto" and field.default is None:
+            return None
+        kinds = kinds_of(field.annotation)
+        if kinds & {int, float} and isinstance(value, bool):
+            raise PydanticCustomError("number", "a number")
+        if kinds & {int, float} and isinstance(value, str):
+            return _number(value)
+        if tuple in kinds and isinstance(value, str):
+            return [part.strip() for part in value.split(",")]
+        return value
+
+
+def kinds_of(annotation: Any) -> set[Any]:
+    """The plain types a value of this annotation may have, None left out: ``float | None`` -> ``{float}``."""
+    if get_origin(annotation) is Annotated:
+        return kinds_of(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return {kind for part in get_args(annotation) if part is not NoneType for kind in kinds_of(part)}
+    return {get_origin(annotation) or annotation}
+
+
+def _number(text: str) -> float | str:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 class ModelConfig(Group):
@@ -82,7 +112,7 @@ class AdapterConfig(Group):
     rank: Positive | None = Field(None, description="LoRA rank")
     alpha: Positive | None = Field(None, description="LoRA alpha; the update is scaled by alpha / rank")
     dropout: Share | None = Field(None, description="LoRA dropout")
-    targets: list[str] | None = Field(None, min_length=1, description="module names, or ['all-linear']")
+    targets: tuple[str, ...] | None = Field(None, min_length=1, description="module names, or all-linear")
     quantization: Literal["nf4", "int8"] = Field("nf4", description="base weights under qlora")
 
 
@@ -117,7 +147,7 @@ class MonitorConfig(Group):
     """Who is told."""
 
     report: bool = Field(True, description="write report.html; it holds its own plotting code, about 5 MB")
-    report_to: list[str] = Field(default_factory=list, description="trackers of transformers, e.g. tensorboard")
+    report_to: tuple[str, ...] = Field((), description="trackers of transformers, e.g. tensorboard")
 
 
 class OutputConfig(Group):

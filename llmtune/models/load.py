@@ -109,7 +109,24 @@ def _load_base(
             raise
         text = " ".join(str(error).split())[:400]
         raise ModelError(f"model '{location.id}': its weights cannot be loaded: {text}") from error
+    if quantization == "nf4":
+        _keep_differentiable(model)
     return model
+
+
+def _keep_differentiable(model: PreTrainedModel) -> None:
+    """Keep 4-bit layers in the layout that autograd knows.
+
+    On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a layer's weights for inference at the first forward pass in
+    evaluation mode, in place and with coarser scales. From then on no gradient passes through the layer, so an
+    evaluation during training would silently cut every layer below it off; and shapes that are no multiple of the
+    block size fail.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def quantization_config(quantization: str, compute_dtype: torch.dtype) -> Any:

@@ -127,7 +127,6 @@ class Study:
         if result is None:
             reasons = "; ".join(f"trial {record.number}: {record.reason}" for record in trials.finished()[:3])
             raise TrainingError(f"no trial of {path} came to its end: {reasons}")
-        speaker.say(f"{result.text} The best configuration: {result.config_path}")
         return result
 
     # ------------------------------------------------------------------ what stays the same
