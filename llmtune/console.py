@@ -136,6 +136,6 @@ def quieten_libraries() -> None:
 
     disable_progress_bar()
     if not speaker.interactive:
-        from huggingface_hub.utils import disable_progress_bars
+        from huggingface_hub.utils.tqdm import disable_progress_bars
 
         disable_progress_bars()

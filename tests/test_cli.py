@@ -24,6 +24,7 @@ COMMANDS = (
 )
 HEAVY = ("torch", "transformers", "datasets", "peft", "optuna", "accelerate", "sqlalchemy", "plotly", "numpy", "rich")
 GOOD = '{"prompt": "a", "completion": "b"}\n'
+ROWS = "".join(f'{{"prompt": "number {i}", "completion": "{i} it is"}}\n' for i in range(40))
 CHAT = '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}\n'
 UNANSWERED = '{"messages": [{"role": "user", "content": "hi"}]}\n'
 TINY = ("--model", "builtin:tiny", "--max-steps", "1")
@@ -44,7 +45,7 @@ def _place(tmp_path, monkeypatch):
 
 @pytest.fixture
 def rows() -> str:
-    Path("rows.jsonl").write_text(GOOD * 12)
+    Path("rows.jsonl").write_text(ROWS)
     return "rows.jsonl"
 
 
@@ -101,7 +102,7 @@ def test_module_and_version():
 
 def _files() -> None:
     Path("empty.jsonl").touch()
-    Path("rows.jsonl").write_text(GOOD * 12)
+    Path("rows.jsonl").write_text(ROWS)
     Path("odd.jsonl").write_text('{"foo": 1}\n')
     Path("mixed.jsonl").write_text(GOOD + CHAT)
     Path("file").touch()
@@ -281,7 +282,7 @@ def _json(capsys, *arguments: str, code: int = 0):
 def test_check_json(rows, capsys):
     document = _json(capsys, "check", rows)
     assert document.keys() >= {"format", "rows", "bytes", "problems", "statistics"}
-    assert (document["format"], document["rows"], document["problems"]) == ("prompt_completion", 12, [])
+    assert (document["format"], document["rows"], document["problems"]) == ("prompt_completion", 40, [])
 
 
 def test_check_reports_problems_with_code_3(capsys):
@@ -391,7 +392,7 @@ def test_doctor_json():
     assert done.returncode == 0
     assert json.loads(done.stdout).keys() == {"hardware", "versions", "usable", "problems"}
     Path("machine.json").write_text(done.stdout)
-    Path("rows.jsonl").write_text(GOOD * 12)
+    Path("rows.jsonl").write_text(ROWS)
     planned = program("plan", "rows.jsonl", "--model", "builtin:tiny", "--hardware", "machine.json", "--json")
     assert planned.returncode == 0, planned.stderr
 
@@ -431,8 +432,9 @@ def test_check_with_a_model_counts_tokens(rows):
 
 
 @pytest.mark.slow
-def test_train_then_use_the_result(tmp_path):
-    data = ("--eval-data", str(demo_heldout_path()), "--model", "builtin:tiny", "--preset", "highspeed")
+def test_train_then_use_the_result():
+    Path("held_out.jsonl").write_text("".join(demo_heldout_path().read_text().splitlines(keepends=True)[:8]))
+    data = ("--eval-data", "held_out.jsonl", "--model", "builtin:tiny", "--preset", "highspeed")
     short = ("--max-steps", "6", "--set", "evaluate.every_steps=3", "--set", "max_new_tokens=8")
     done = program("train", str(demo_train_path()), *data, *short, "--output", "run", "--json")
     assert done.returncode == 0, done.stderr
@@ -458,13 +460,14 @@ def test_demo_in_json():
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["metrics"]["eval_loss"] < result["metrics"]["base_eval_loss"]
-    assert "exact_match" in result["metrics"]
+    assert result["metrics"].keys() >= {"exact_match", "base_exact_match"}
     assert result["samples"][0].keys() == {"prompt", "reference", "base", "tuned"}
 
 
 @pytest.mark.slow
 def test_study_json():
-    data = (str(demo_train_path()), "--eval-data", str(demo_heldout_path()), "--model", "builtin:tiny")
+    Path("held_out.jsonl").write_text("".join(demo_heldout_path().read_text().splitlines(keepends=True)[:8]))
+    data = (str(demo_train_path()), "--eval-data", "held_out.jsonl", "--model", "builtin:tiny")
     short = ("--trials", "2", "--sampler", "random", "--set", "max_steps=2", "--set", "evaluate.every_steps=1")
     done = program("study", *data, *short, "--output", "study", "--json")
     assert done.returncode == 0, done.stderr

@@ -101,9 +101,9 @@ def tell_demo(result: RunResult, as_json: bool) -> None:
         speaker.table("", ("", "held-out order"), rows)
     show_metrics(summary)
     metrics = result.metrics
-    if "exact_match" in metrics:
+    if metrics.keys() >= {"base_exact_match", "exact_match"}:
         speaker.show(
-            f"Held-out orders answered exactly right: {metrics.get('base_exact_match', 0.0):.0%} before, "
+            f"Held-out orders answered exactly right: {metrics['base_exact_match']:.0%} before, "
             f"{metrics['exact_match']:.0%} after."
         )
     speaker.show(summary.verdict.text)

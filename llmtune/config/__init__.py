@@ -1,6 +1,7 @@
 """What the user asked: keywords, flags, a YAML file and the environment become one frozen ``RunConfig``."""
 
-from llmtune.config.load import load_config, settable_keys
+from llmtune.config.keys import resolve_key, settable_keys
+from llmtune.config.load import load_config
 from llmtune.config.paths import cache_dir, store_url
 from llmtune.config.schema import (
     AdapterConfig,
@@ -28,6 +29,7 @@ __all__ = [
     "TrainConfig",
     "cache_dir",
     "load_config",
+    "resolve_key",
     "settable_keys",
     "store_url",
 ]

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import SecretStr
 
 from llmtune.config.schema import Group, RunConfig, kinds_of
-from llmtune.errors import did_you_mean
+from llmtune.errors import did_you_mean, nearest
 
 # A bare value given for these groups means this key of theirs.
 BARE_VALUE_KEY = {"model": "id", "output": "dir"}
@@ -64,5 +64,6 @@ def resolve_key(key: str) -> str:
         return f"{owners[0]}.{rest}" if rest else owners[0]
     if len(owners) > 1 and not rest:
         raise ValueError(f"{key}: stands in several groups, give one of {', '.join(owners)}")
-    hint = did_you_mean(key, [*known, *(full.split(".")[1] for full in known)])
-    raise ValueError(f"{key}: unknown key{hint if 'did you mean' in hint else '; the README lists the known ones'}")
+    match = nearest(key, [*known, *(full.split(".")[1] for full in known)])
+    groups = ", ".join(f"{group}.*" for group in RunConfig.model_fields)
+    raise ValueError(f"{key}: unknown key, " + (f"did you mean '{match}'?" if match else f"known are {groups}"))

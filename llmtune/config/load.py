@@ -17,6 +17,8 @@ from llmtune.errors import ConfigError
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
+__all__ = ["load_config", "resolve_key"]
+
 ENVIRONMENT_PREFIX = "LLMTUNE_"
 # Read elsewhere: the run store's URL, the cache folder, and the switch that shows tracebacks.
 RESERVED_ENVIRONMENT = ("LLMTUNE_STORE", "LLMTUNE_CACHE", "LLMTUNE_DEBUG")
@@ -44,6 +46,8 @@ class _Gathered:
             given: Keys, in full or by leaf, and values.
             is_source_text: The values are texts, to be read as YAML unless the key holds text.
         """
+        from llmtune.config.reading import parse_value
+
         seen: set[str] = set()
         for key, value in given:
             try:
@@ -105,11 +109,15 @@ def load_config(
     for name, key, text in _from_environment(os.environ if environ is None else environ):
         gathered.add(name, [(key, text)], is_source_text=True)
     if file is not None:
-        gathered.add(str(file), _flatten(_read_file(Path(file))))
+        from llmtune.config.reading import read_file
+
+        gathered.add(str(file), _flatten(read_file(Path(file))))
     gathered.add(where, ((key, value) for key, value in _flatten(overrides or {}) if value is not None))
     pairs = [setting.partition("=") for setting in settings]
     gathered.problems += [("--set", _no_pair(key)) for key, separator, _ in pairs if not (separator and key.strip())]
-    gathered.add("--set", ((key.strip(), text) for key, equals, text in pairs if equals and key.strip()), is_source_text=True)
+    gathered.add(
+        "--set", ((key.strip(), text) for key, equals, text in pairs if equals and key.strip()), is_source_text=True
+    )
     tree = gathered.tree()
     try:
         config = RunConfig.model_validate(tree)
@@ -118,17 +126,6 @@ def load_config(
     if gathered.problems:
         raise _error(gathered.problems)
     return config
-
-
-def parse_value(text: str) -> Any:
-    """The YAML meaning of a text: ``3`` is a number, ``true`` a switch, ``[a, b]`` a list; else the text itself."""
-    import yaml
-
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return text
-    return text if value is None and text.lower() not in ("null", "~") else value
 
 
 def _flatten(document: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -140,26 +137,6 @@ def _flatten(document: Mapping[str, Any]) -> list[tuple[str, Any]]:
         elif key not in RunConfig.model_fields or value is not None:  # a group whose keys are all commented out
             flat.append((key, value))
     return flat
-
-
-def _read_file(path: Path) -> dict[str, Any]:
-    import yaml
-
-    from llmtune.config.yaml import read_yaml
-
-    try:
-        document = read_yaml(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(str(path), ["no such file; expected a YAML file of keys such as `train: {epochs: 3}`"]) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), [f"cannot be read: {error}"]) from None
-    except yaml.YAMLError as error:
-        raise ConfigError(str(path), [f"is not valid YAML: {' '.join(str(error).split())}"]) from None
-    if document is None:
-        return {}
-    if not isinstance(document, dict) or not all(isinstance(key, str) for key in document):
-        raise ConfigError(str(path), ["expected a mapping of keys such as `train: {epochs: 3}`"])
-    return document
 
 
 def _from_environment(environ: Mapping[str, str]) -> list[tuple[str, str, str]]:
@@ -183,9 +160,10 @@ def _no_pair(setting: str) -> str:
 
 def _error(problems: Sequence[tuple[str, str]]) -> ConfigError:
     places = {where for where, _ in problems}
-    if len(places) == 1:
-        return ConfigError(places.pop(), [f"{text}." if len(problems) == 1 else text for _, text in problems])
-    return ConfigError("configuration", [f"{where}: {text}" for where, text in problems])
+    texts = [text if len(places) == 1 else f"{where}: {text}" for where, text in problems]
+    if not texts[-1].endswith(("?", ".")):
+        texts[-1] += "."
+    return ConfigError(places.pop() if len(places) == 1 else "configuration", texts)
 
 
 def _sentence(item: ErrorDetails) -> str:

@@ -27,7 +27,7 @@ class Group(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _as_people_write(cls, value: Any, info: ValidationInfo) -> Any:
-        """``auto`` for a key that is chosen when left out; ``1e-4``, text in YAML 1.1, for a number; ``a, b`` for a list.
+        """``auto`` for a key chosen when left out, ``1e-4`` (text in YAML 1.1) for a number, ``a, b`` for a list.
 
         A switch is not a number, though pydantic would read ``true`` as 1.
         """

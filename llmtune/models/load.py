@@ -31,9 +31,8 @@ def load_tokenizer(location: ModelLocation, chat_template: str | None = None) ->
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(location.source, **location.load_arguments())
-    except (OSError, ValueError, ImportError) as error:
-        text = " ".join(str(error).split())[:300]
-        raise ModelError(f"model '{location.id}': its tokenizer cannot be loaded: {text}") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
+        raise ModelError(f"model '{location.id}': its tokenizer cannot be loaded: {_sentence(error)}") from error
     if not tokenizer.is_fast:
         raise ModelError(
             f"model '{location.id}': only a slow tokenizer is available, and supervision needs character offsets; "
@@ -41,7 +40,8 @@ def load_tokenizer(location: ModelLocation, chat_template: str | None = None) ->
         )
     if tokenizer.eos_token_id is None:
         raise ModelError(f"model '{location.id}': its tokenizer names no eos token, so an answer could never end")
-    if tokenizer.pad_token_id is None:
+    vocabulary = location.config.get_text_config().vocab_size
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= vocabulary:
         # Padding is masked by position, never by token id, so sharing an id with eos cannot mask the stop token.
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     if chat_template is not None:
@@ -75,10 +75,8 @@ def load_for_training(
     model = _load_base(location, dtype=dtype, quantization=quantization, device=device)
     if method == "full":
         return model
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from peft import LoraConfig, get_peft_model
 
-    if quantization is not None:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     lora = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -97,36 +95,38 @@ def load_for_training(
 def _load_base(
     location: ModelLocation, *, dtype: torch.dtype, quantization: str | None, device: str
 ) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
-
     arguments: dict[str, Any] = location.load_arguments() | {"dtype": dtype}
     if quantization is not None:
         arguments |= {"quantization_config": quantization_config(quantization, dtype), "device_map": {"": device}}
-    try:
-        model = AutoModelForCausalLM.from_pretrained(location.source, **arguments)
-    except (OSError, ValueError, RuntimeError) as error:
-        if "out of memory" in str(error).lower():
-            raise
-        text = " ".join(str(error).split())[:400]
-        raise ModelError(f"model '{location.id}': its weights cannot be loaded: {text}") from error
-    if quantization == "nf4":
-        _keep_differentiable(model)
+    model = _from_pretrained(location.id, location.source, arguments)
+    if quantization is not None:
+        from peft import prepare_model_for_kbit_training
+
+        # Norms, embedding and head in fp32; done for training and answering alike, so that both compute the same.
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     return model
 
 
-def _keep_differentiable(model: PreTrainedModel) -> None:
-    """Keep 4-bit layers in the layout that autograd knows.
+def _from_pretrained(model_id: str, source: str, arguments: dict[str, Any]) -> PreTrainedModel:
+    """The model with all its weights; upstream would fill what is missing with random numbers and go on."""
+    from transformers import AutoModelForCausalLM
 
-    On CPUs with AVX512-BF16, bitsandbytes 0.50 repacks a layer's weights for inference at the first forward pass in
-    evaluation mode, in place and with coarser scales. From then on no gradient passes through the layer, so an
-    evaluation during training would silently cut every layer below it off; and shapes that are no multiple of the
-    block size fail.
-    """
-    from bitsandbytes.nn import Linear4bit
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **arguments)
+    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+        if "out of memory" in str(error).lower():
+            raise
+        raise ModelError(f"model '{model_id}': its weights cannot be loaded: {_sentence(error)}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ModelError(
+            f"model '{model_id}': {len(missing)} of its weights are missing ({', '.join(missing[:3])}, …); its files "
+            "are incomplete or of another architecture. Fetch the model again"
+        )
+    return model
 
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
+
+def _sentence(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def quantization_config(quantization: str, compute_dtype: torch.dtype) -> Any:
@@ -160,10 +160,8 @@ def load_tuned(
 
     dtype = getattr(torch, DTYPES[precision])
     if model_dir is not None:
-        from transformers import AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_pretrained(str(model_dir), dtype=torch.float32)
-        return model.to(device).eval()
+        arguments = {"dtype": torch.float32, "trust_remote_code": location.trust_remote_code}
+        return _from_pretrained(location.id, str(model_dir), arguments).to(device).eval()
     base = _load_base(location, dtype=dtype, quantization=quantization, device=device)
     if adapter_dir is not None:
         from peft import PeftModel

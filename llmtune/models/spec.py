@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from llmtune.errors import ModelError
 from llmtune.presets import CatalogueEntry, ModelShape
 
 if TYPE_CHECKING:
@@ -54,10 +55,14 @@ class ModelSpec:
         return self.shape.vocabulary * self.shape.hidden
 
     def targeted(self, targets: tuple[str, ...]) -> tuple[LinearModule, ...]:
-        """The linear modules that an adapter with these targets sits on; ``all-linear`` means all."""
+        """The linear modules that an adapter with these targets sits on; ``all-linear`` means all.
+
+        A target may be a path's end, such as ``self_attn.q_proj``; its last part counts.
+        """
         if "all-linear" in targets:
             return self.linears
-        return tuple(module for module in self.linears if module.name in targets)
+        names = {target.rpartition(".")[2] for target in targets}
+        return tuple(module for module in self.linears if module.name in names)
 
     def adapter_parameters(self, rank: int, targets: tuple[str, ...]) -> int:
         """Trainable parameters of a LoRA adapter: ``rank × (in + out)`` per targeted module."""
@@ -65,14 +70,22 @@ class ModelSpec:
 
 
 def read_spec(location: ModelLocation, family: str) -> ModelSpec:
-    """Build the model on the meta device (no memory, no download) and read off shape and exact counts."""
+    """Build the model on the meta device (no memory, no download) and read off shape and exact counts.
+
+    Raises:
+        ModelError: No model can be built from the configuration.
+    """
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.pytorch_utils import Conv1D
 
     config = location.config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=location.trust_remote_code)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=location.trust_remote_code)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ArithmeticError, ImportError) as error:
+        text = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ModelError(f"model '{location.id}': no model can be built from its config.json: {text}") from error
     head = model.get_output_embeddings()
     counts: Counter[tuple[str, int, int]] = Counter()
     for path, module in model.named_modules():
@@ -108,7 +121,7 @@ def context_of(config: Any) -> int:
 
 def _shape_of(config: Any, linears: tuple[LinearModule, ...], *, tied: bool) -> ModelShape:
     text = config.get_text_config()
-    hidden, heads = text.hidden_size, text.num_attention_heads
+    hidden, heads = text.hidden_size, getattr(text, "num_attention_heads", None) or 1
     names = {module.name for module in linears}
     return ModelShape(
         hidden=hidden,
@@ -125,22 +138,36 @@ def _shape_of(config: Any, linears: tuple[LinearModule, ...], *, tied: bool) -> 
 
 def spec_from_entry(entry: CatalogueEntry) -> ModelSpec:
     """The spec of a catalogued model, without reading anything of it."""
-    s = entry.shape
-    q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
-    mlp = [("up_proj", s.hidden, s.mlp_width), ("down_proj", s.mlp_width, s.hidden)]
-    if s.gated_mlp:
-        mlp.append(("gate_proj", s.hidden, s.mlp_width))
-    attention = [("q_proj", s.hidden, q), ("k_proj", s.hidden, kv), ("v_proj", s.hidden, kv), ("o_proj", q, s.hidden)]
     return ModelSpec(
         id=entry.id,
         family=entry.family,
-        model_type=entry.family,
-        architecture="as catalogued",
-        shape=s,
+        model_type=entry.model_type,
+        architecture=entry.architecture,
+        shape=entry.shape,
         parameters=entry.parameters,
         context=entry.context,
         linears=tuple(
-            LinearModule(name=n, in_features=i, out_features=o, count=s.layers) for n, i, o in [*attention, *mlp]
+            LinearModule(name=name, in_features=width, out_features=out, count=entry.shape.layers)
+            for name, width, out in _linears_of(entry.architecture, entry.shape)
         ),
         known_from="catalogue",
     )
+
+
+def _linears_of(architecture: str, s: ModelShape) -> list[tuple[str, int, int]]:
+    """Name, in and out width of the linear modules of one decoder layer, as transformers names them."""
+    q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
+    if architecture == "Phi3ForCausalLM":  # query, key and value in one matrix, gate and up in another
+        return [
+            ("qkv_proj", s.hidden, q + 2 * kv),
+            ("o_proj", q, s.hidden),
+            ("gate_up_proj", s.hidden, 2 * s.mlp_width),
+            ("down_proj", s.mlp_width, s.hidden),
+        ]
+    attention = [("q_proj", s.hidden, q), ("k_proj", s.hidden, kv), ("v_proj", s.hidden, kv)]
+    if architecture == "PhiForCausalLM":
+        return [*attention, ("dense", q, s.hidden), ("fc1", s.hidden, s.mlp_width), ("fc2", s.mlp_width, s.hidden)]
+    mlp = [("up_proj", s.hidden, s.mlp_width), ("down_proj", s.mlp_width, s.hidden)]
+    if s.gated_mlp:
+        mlp.append(("gate_proj", s.hidden, s.mlp_width))
+    return [*attention, ("o_proj", q, s.hidden), *mlp]

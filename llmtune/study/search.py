@@ -246,8 +246,10 @@ _SEARCHED_BY_DEFAULT = ("train.learning_rate", "train.weight_decay", "adapter.ra
 
 def trial_config(config: RunConfig, settled: Settled, params: Mapping[str, Number], run_dir: Path) -> RunConfig:
     """The configuration of one trial: what the user asked, what is settled, and the trial's parameters."""
-    settled_keys = {"model.id": settled.model, "train.method": settled.method, "output.dir": str(run_dir)}
-    return _replaced(config, {**params, **settled_keys, **TRIAL_SETTINGS})
+    settled_keys = {"model.id": settled.model, "train.method": settled.method}
+    # Trials have a store of their own, so that `llmtune runs` lists the runs that people started.
+    places = {"output.dir": str(run_dir), "output.root": str(run_dir.parent)}
+    return _replaced(config, {**params, **settled_keys, **places, **TRIAL_SETTINGS})
 
 
 def _replaced(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:

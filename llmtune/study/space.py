@@ -8,10 +8,11 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from llmtune.config import RunConfig, load_config
-from llmtune.config.load import resolve_key
+from llmtune.config.keys import resolve_key
+from llmtune.config.schema import kinds_of
 from llmtune.errors import ConfigError, did_you_mean
 
 # Other groups decide what trials are judged on, where they are written or who is told.
@@ -281,12 +282,5 @@ def _number_type(key: str) -> type | None:
     if below:
         return None
     fields: Any = RunConfig.model_fields[group].annotation
-    kinds = set(_types_in(fields.model_fields[leaf].annotation))
+    kinds = kinds_of(fields.model_fields[leaf].annotation)
     return next((kind for kind in (float, int) if kind in kinds), None)
-
-
-def _types_in(annotation: Any) -> list[Any]:
-    """The types of a union, without what annotates them; containers count as themselves."""
-    if isinstance(annotation, type):
-        return [annotation]
-    return [kind for part in get_args(annotation) if not isinstance(part, str) for kind in _types_in(part)]
