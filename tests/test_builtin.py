@@ -116,7 +116,7 @@ def test_heldout_answers_share_no_entity_with_the_training_answers():
         [json.loads(json.loads(line)["messages"][-1]["content"]) for line in path.read_text().splitlines()]
         for path in (builtin.demo_train_path(), builtin.demo_heldout_path())
     )
-    for key in ("customer", "town", "item"):
+    for key in ("customer", "town", "order"):
         assert not {a[key] for a in train} & {a[key] for a in heldout}
 
 

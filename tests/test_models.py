@@ -28,6 +28,8 @@ from llmtune.presets import Preset, catalogue
 METHODS = {"lora": ("lora", None), "nf4": ("qlora", "nf4"), "int8": ("qlora", "int8"), "full": ("full", None)}
 # bitsandbytes says once per layer that LLM.int8() computes in fp16, which is how it is defined.
 INT8_CASTS = "ignore:MatMul8bitLt"
+# peft 0.21 reads `is_gradient_checkpointing`, which transformers 5.23 has renamed; nothing of ours does.
+pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 
 
 def located(path, **settings):
@@ -224,9 +226,9 @@ def test_reading_a_spec_takes_no_memory_for_weights(tmp_path):
 
 def test_a_configuration_that_builds_no_model(copied):
     path = copied("llama")
-    edit_config(path, num_attention_heads=5, num_key_value_heads=3, hidden_act="unheard")
+    edit_config(path, hidden_act="unheard")
     location = located(path)
-    with pytest.raises(ModelError, match="no model can be built from its config.json"):
+    with pytest.raises(ModelError, match="no model can be built from its config"):
         read_spec(location, "generic")
 
 
@@ -245,7 +247,9 @@ def test_adapter_parameters_are_what_peft_attaches(family_model, family, preset_
 def test_a_target_may_be_a_paths_end(family_model):
     location = located(family_model("llama"))
     targets = ("self_attn.q_proj", "v_proj")
-    assert trainable(loaded(location, "lora", targets=targets)) == read_spec(location, "").adapter_parameters(4, targets)
+    assert trainable(loaded(location, "lora", targets=targets)) == read_spec(location, "").adapter_parameters(
+        4, targets
+    )
 
 
 @pytest.mark.parametrize(
@@ -351,17 +355,40 @@ def test_what_is_trained_is_fp32_and_the_base_is_as_planned(family_model, family
         assert (frozen, trainable(model)) == (set(), spec.parameters)
         return
     assert trainable(model) == spec.adapter_parameters(4, ("all-linear",))
-    assert frozen == {
-        "lora": {torch.bfloat16},
-        "nf4": {torch.uint8, torch.float32},
-        "int8": {torch.int8, torch.float32},
-    }[kind]
+    assert (
+        frozen
+        == {
+            "lora": {torch.bfloat16},
+            "nf4": {torch.uint8, torch.float32},
+            "int8": {torch.int8, torch.float32},
+        }[kind]
+    )
     config = model.peft_config["default"]
     assert (config.r, config.lora_alpha, config.base_model_name_or_path) == (4, 8, location.source)
     ids = torch.arange(3, 19).reshape(2, 8)
     model(input_ids=ids, labels=ids).loss.backward()
-    grads = [p.grad for p in model.parameters() if p.requires_grad]
-    assert all(grad is not None and bool(torch.isfinite(grad).all()) for grad in grads)
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert all(grad is not None and bool(torch.isfinite(grad).all()) for grad in grads.values())
+    assert all(bool(grad.any()) for name, grad in grads.items() if "lora_B" in name)
+
+
+@pytest.mark.filterwarnings(INT8_CASTS)
+@pytest.mark.parametrize("kind", METHODS)
+def test_an_evaluation_in_between_changes_no_gradient(family_model, kind):
+    # bitsandbytes repacks 4-bit weights at an evaluation on some CPUs, and the packed format has no backward pass.
+    model = loaded(located(family_model("llama")), kind, precision="bf16")
+    ids = torch.arange(3, 35).reshape(2, 16)
+
+    def gradients() -> list[torch.Tensor]:
+        model.train().zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+    before = gradients()
+    first = losses(model.eval(), ids)
+    after = gradients()
+    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    assert torch.equal(losses(model.eval(), ids), first)
 
 
 @pytest.mark.parametrize("family", TIED)

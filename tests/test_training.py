@@ -289,7 +289,7 @@ def test_two_runs_cannot_write_one_directory(family_model: Model, tmp_path: Path
 
 
 def test_an_evaluation_leaves_the_gradients_of_a_quantised_model_alone(tmp_path: Path) -> None:
-    """bitsandbytes repacks 4-bit weights on some CPUs at the first evaluation, after which no gradient passes through."""
+    """bitsandbytes repacks 4-bit weights on some CPUs at the first evaluation; then no gradient passes through."""
     how = {"method": "qlora", "precision": "bf16", "learning_rate": 1e-9, "schedule": "constant", "max_steps": 2}
     tune("builtin:tiny", tmp_path / "evaluated", **how, **{"evaluate.base": True})
     tune("builtin:tiny", tmp_path / "not", **how, **{"evaluate.base": False})

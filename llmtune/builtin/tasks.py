@@ -19,7 +19,7 @@ from random import Random
 from llmtune.builtin import words as w
 from llmtune.builtin.corpus import invent_name, is_reserved
 
-TRAIN_ROWS, HELDOUT_ROWS = 600, 80
+TRAIN_ROWS, HELDOUT_ROWS = 800, 80
 Row = dict[str, object]
 
 _GOODS = [*w.FOODS, *w.MATERIALS, *(f"{thing}s" for thing in w.THINGS)]
@@ -30,7 +30,7 @@ def _pick(rng: Random, pool: Sequence[str], *, reserved: bool) -> str:
 
 
 def order_row(rng: Random, *, reserved: bool) -> Row:
-    """One order as chat messages; the answer is a JSON object with customer, item, quantity and town."""
+    """One order as chat messages; the answer is a JSON object with customer, order and town."""
     customer = f"{invent_name(rng, reserved=reserved)} {invent_name(rng, reserved=reserved)}"
     town = invent_name(rng, reserved=reserved)
     kind = rng.choice(rng.choice((w.COLOURS, w.MATERIALS, w.QUALITIES)))
@@ -47,7 +47,7 @@ def order_row(rng: Random, *, reserved: bool) -> Row:
             f"Could you bring {n} {item} to {town}? They are for {customer}.",
         )
     )
-    answer = json.dumps({"customer": customer, "item": item, "quantity": n, "town": town})
+    answer = json.dumps({"customer": customer, "order": f"{n} {item}", "town": town})
     return {"messages": [{"role": "user", "content": sentence}, {"role": "assistant", "content": answer}]}
 
 

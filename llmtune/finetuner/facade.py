@@ -97,9 +97,9 @@ class FineTuner:
         Raises:
             LlmtuneError: One of the tree in ``llmtune.errors``; the run directory holds the failure report.
         """
+        quieten_libraries()
         from llmtune.training import Ranks, run_training
 
-        quieten_libraries()
         machine = facts.machine_of(self.config)
         if machine.device.index:
             raise HardwareError(

@@ -104,16 +104,41 @@ def _load_base(
 
         # Norms, embedding and head in fp32; done for training and answering alike, so that both compute the same.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        _keep_differentiable(model)
     return model
+
+
+def _keep_differentiable(model: PreTrainedModel) -> None:
+    """Keep 4-bit layers in the one format that has a backward pass.
+
+    On a CPU with AVX512-BF16, bitsandbytes 0.50 repacks a 4-bit weight for good at its first forward in evaluation
+    mode. The packed kernel cuts the graph, so that training after an evaluation would silently lose the gradients of
+    all earlier layers.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _from_pretrained(model_id: str, source: str, arguments: dict[str, Any]) -> PreTrainedModel:
     """The model with all its weights; upstream would fill what is missing with random numbers and go on."""
+    from pickle import UnpicklingError
+
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     try:
         model, info = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **arguments)
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
+    except (
+        OSError,
+        EOFError,
+        ValueError,
+        RuntimeError,
+        ImportError,
+        KeyError,
+        SafetensorError,
+        UnpicklingError,
+    ) as error:
         if "out of memory" in str(error).lower():
             raise
         raise ModelError(f"model '{model_id}': its weights cannot be loaded: {_sentence(error)}") from error

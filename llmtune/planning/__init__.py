@@ -1,13 +1,14 @@
 """Deciding: hardware × model × data × preset × what the user asked → one frozen ``Plan``, every number with its reason.
 
-Pure functions; nothing here imports torch.
+Pure functions: the same facts give the same plan. Of the ways to run that fit memory, the fastest wins.
 """
 
 from llmtune.planning.choice import Choice
 from llmtune.planning.memory import Footprint, MemoryEstimate, predict_memory
 from llmtune.planning.model_choice import choose_model
 from llmtune.planning.plan import Plan
-from llmtune.planning.planner import PlanRequest, make_plan, variants
+from llmtune.planning.planner import make_plan, variants
+from llmtune.planning.request import PlanRequest
 from llmtune.planning.timing import TimeEstimate
 
 __all__ = [

@@ -15,7 +15,9 @@ TIME_BUDGET_SECONDS = 8 * 3600
 BUILTIN_FAMILY = "tiny"
 
 
-def choose_model(plan_of: Callable[[CatalogueEntry], Plan]) -> tuple[CatalogueEntry, Choice[str]]:
+def choose_model(
+    plan_of: Callable[[CatalogueEntry], Plan], longest_row: Callable[[CatalogueEntry], int] = lambda entry: 0
+) -> tuple[CatalogueEntry, Choice[str]]:
     """Pick the catalogue's best entry for this machine and data.
 
     Open entries only (a gated one needs a licence accepted first) and never the builtin one. The largest that fits
@@ -23,11 +25,18 @@ def choose_model(plan_of: Callable[[CatalogueEntry], Plan]) -> tuple[CatalogueEn
 
     Args:
         plan_of: Makes the plan of one entry; memory and time are read from it.
+        longest_row: Tokens that one row may have with an entry's tokenizer; a shorter context rules the entry out.
 
     Raises:
         PlanError: Nothing in the catalogue fits.
     """
-    entries = [entry for entry in catalogue() if entry.family != BUILTIN_FAMILY and not entry.gated]
+    open_entries = [entry for entry in catalogue() if entry.family != BUILTIN_FAMILY and not entry.gated]
+    entries = [entry for entry in open_entries if longest_row(entry) <= entry.context]
+    if not entries:
+        raise PlanError(
+            "no catalogued model has a context as long as the longest row; shorten it, or drop it with "
+            "--set data.too_long=drop --set data.max_length=N"
+        )
     ranked = sorted(entries, key=lambda entry: (-entry.parameters, not entry.instruct))
     smallest: tuple[CatalogueEntry, Plan] | None = None
     larger: str | None = None

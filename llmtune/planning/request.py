@@ -1,0 +1,88 @@
+"""The facts a plan is made from, and the few things that every decision reads off them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from llmtune.config import RunConfig
+from llmtune.data import DataStats
+from llmtune.hardware import DeviceChoice, Hardware
+from llmtune.models import ModelSpec
+from llmtune.planning.choice import Choice
+from llmtune.presets import Level, Preset, dataset_size
+
+# Rows are padded to a multiple of this many tokens, which matrix units like.
+PADDED_TO = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanRequest:
+    """The facts a plan is made from.
+
+    Attributes:
+        eval_rows: Rows of the evaluation set, 0 when there is none.
+        processes: Ranks of the launch.
+        model_choice: How the model was chosen.
+    """
+
+    config: RunConfig
+    hardware: Hardware
+    device: DeviceChoice
+    spec: ModelSpec
+    preset: Preset
+    stats: DataStats
+    eval_rows: int
+    processes: int
+    model_choice: Choice[str]
+
+    @property
+    def size(self) -> str:
+        """Size class of the training data."""
+        return dataset_size(self.stats.rows)
+
+    @property
+    def level(self) -> Level:
+        """The preset's numbers for what is aimed at and the size of the data."""
+        return self.preset.level(self.config.train.preset, self.size)
+
+    @property
+    def rows(self) -> int:
+        """Training rows."""
+        return max(1, self.stats.rows)
+
+    @property
+    def mean_length(self) -> float:
+        """Tokens of a row on average."""
+        return self.stats.tokens / self.rows
+
+    @property
+    def longest(self) -> int:
+        """Padded tokens of the longest row that will be trained on."""
+        return padded(min(self.stats.length_max, self.config.data.max_length or self.spec.context))
+
+    def share(self, global_batch_size: int) -> int:
+        """Rows of one update on one process."""
+        return math.ceil(global_batch_size / self.processes)
+
+    def was_set(self, key: str) -> bool:
+        """Whether somebody set this ``group.leaf``, be it to its default."""
+        group, leaf = key.split(".")
+        return leaf in getattr(self.config, group).model_fields_set
+
+    def of_preset(self, name: str) -> Choice[Any]:
+        """A number of the preset, with the source the preset gives for it."""
+        where = f"{self.preset.family} preset, {self.config.train.preset}, {self.size} data"
+        return Choice(getattr(self.level, name), f"{where}: {self.level.sources[name]}", "preset")
+
+    def setting(self, key: str, reason: str) -> Choice[Any]:
+        """A setting that has a value of its own: the user's, or the default with its reason."""
+        group, leaf = key.split(".")
+        value = getattr(getattr(self.config, group), leaf)
+        return Choice(value, f"you set {key}", "user") if self.was_set(key) else Choice(value, reason, "default")
+
+
+def padded(length: int) -> int:
+    """Tokens that a row of ``length`` tokens takes at least."""
+    return math.ceil(max(1, length) / PADDED_TO) * PADDED_TO
