@@ -2,7 +2,7 @@
 
     python examples/own_metric.py [OUTPUT_DIR]
 
-A metric gets the model's greedy answers to held-out prompts and the references, in the same order, and returns one number.
+A metric gets the model's greedy answers to held-out prompts and their references, in order, and returns a number.
 """
 
 import sys
@@ -37,4 +37,5 @@ result = FineTuner(
 
 metrics = result.metrics
 assert metrics["eval_loss"] < metrics["base_eval_loss"], "the loss on held-out rows did not fall"
-print(f"words right: {metrics['base_words_right']:.0%} -> {metrics['words_right']:.0%}; adapter in {result.adapter_dir}")
+print(f"words right: {metrics['base_words_right']:.0%} -> {metrics['words_right']:.0%}")
+print(f"adapter: {result.adapter_dir}")

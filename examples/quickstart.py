@@ -1,6 +1,6 @@
 """The shortest way: data in, adapter and account out.
 
-    python examples/quickstart.py [OUTPUT_DIR]
+python examples/quickstart.py [OUTPUT_DIR]
 """
 
 import sys

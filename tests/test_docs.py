@@ -17,8 +17,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_every_command_of_the_readme_exists_and_every_command_is_in_it() -> None:
     from llmtune.cli.program import commands
 
-    named = set(re.findall(r"llmtune ([a-z][a-z-]+)", README)) - {"train-"}
-    named |= {"show", "report", "chat"} & set(re.findall(r"`([a-z]+) RUN`", README))
+    rows = re.findall(r"^\| (`.*?`) \|", README.split("## Commands")[1].split("## What a run")[0], flags=re.MULTILINE)
+    named = {re.match(r"(?:llmtune )?([a-z-]+)", code)[1] for row in rows for code in re.findall(r"`([^`]+)`", row)}  # type: ignore[index]
     assert named == set(commands().commands)
 
 

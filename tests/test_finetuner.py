@@ -158,6 +158,7 @@ CANNOT_START: list[tuple[str, type[LlmtuneError], int, str, Callable[[Path], dic
     ("unknown schedule", ConfigError, 2, "did you mean 'cosine'", lambda p: {"schedule": "cosin"}),
     ("no checkpoint", ConfigError, 2, "expected auto, never or the directory", lambda p: {"resume": str(p / "x")}),
     ("no template", ConfigError, 2, r"x\.jinja cannot be read", lambda p: {"chat_template": str(p / "x.jinja")}),
+    ("not writable", OutputError, 2, "Choose another --output", lambda p: {"output": "/proc/llmtune/run"}),
     ("one row", DataError, 3, "nothing can be held out", lambda p: {"data": [ROWS[0]]}),
 ]
 
@@ -179,7 +180,7 @@ def test_one_clear_message_and_nothing_left_behind(
 
 def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(OutputError, match="choose another --output"):
+    with pytest.raises(OutputError, match="Choose another --output"):
         tune("builtin:tiny", tmp_path / "out")
     assert (tmp_path / "out").read_text() == "mine"
 

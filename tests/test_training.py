@@ -198,7 +198,8 @@ def test_stopped_by_a_signal_and_resumed_is_bitwise_what_never_stopped(
 
 
 def test_early_stopping_counts_on_across_a_resume(family_model: Model, tmp_path: Path) -> None:
-    how = {"learning_rate": 0.5, "schedule": "constant", "max_steps": 30, "patience": 3, "evaluate.every_steps": 2}
+    how = {"learning_rate": 0.5, "schedule": "constant", "max_steps": 30, "patience": 3, "min_delta": 0.05}
+    how["evaluate.every_steps"] = 2
     tune(family_model("llama"), tmp_path / "whole", **how)
     (stop,) = events(tmp_path / "whole", "early_stop")
     assert 0 < stop["step"] < 30

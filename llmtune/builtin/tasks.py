@@ -34,25 +34,25 @@ def order_row(rng: Random, *, reserved: bool) -> Row:
     customer = f"{invent_name(rng, reserved=reserved)} {invent_name(rng, reserved=reserved)}"
     town = invent_name(rng, reserved=reserved)
     kind = rng.choice(rng.choice((w.COLOURS, w.MATERIALS, w.QUALITIES)))
-    item, n = f"{kind} {_pick(rng, w.THINGS, reserved=reserved)}s", rng.randint(2, 99)
+    order = f"crate of {rng.randint(2, 99)} {kind} {_pick(rng, w.THINGS, reserved=reserved)}s"
     sentence = rng.choice(
         (
-            f"{customer} from {town} would like to buy {n} {item}.",
-            f"Please send {n} {item} to {customer} in {town}.",
-            f"{n} {item} go to {town}, and the bill goes to {customer}.",
-            f"Hello, this is {customer}. I need {n} {item} here in {town}.",
-            f"We have a new order from {town}: {customer} wants {n} {item}.",
-            f"In {town}, {customer} is waiting for {n} {item}.",
-            f"My name is {customer}, I live in {town} and I want {n} {item}.",
-            f"Could you bring {n} {item} to {town}? They are for {customer}.",
+            f"{customer} from {town} would like to buy a {order}.",
+            f"Please send a {order} to {customer} in {town}.",
+            f"One {order} goes to {town}, and the bill goes to {customer}.",
+            f"Hello, this is {customer}. I need a {order} here in {town}.",
+            f"We have a new order from {town}: {customer} wants a {order}.",
+            f"In {town}, {customer} is waiting for a {order}.",
+            f"My name is {customer}, I live in {town} and I want a {order}.",
+            f"Could you bring a {order} to {town}? It is for {customer}.",
         )
     )
-    answer = json.dumps({"customer": customer, "order": f"{n} {item}", "town": town})
+    answer = json.dumps({"customer": customer, "order": order, "town": town})
     return {"messages": [{"role": "user", "content": sentence}, {"role": "assistant", "content": answer}]}
 
 
 def log_row(rng: Random, *, reserved: bool) -> Row:
-    """One report as instruction, input and output; the output is like ``FRI | Velda | Ombe > Tarn | 12 salt``."""
+    """One report as instruction, input and output; the output is ``ship: … | from: … | to: … | cargo: … | day: …``."""
     ship, origin, port = (invent_name(rng, reserved=reserved) for _ in range(3))
     goods, n, day = _pick(rng, _GOODS, reserved=reserved), rng.randint(2, 99), rng.choice(w.DAYS)
     report = rng.choice(
@@ -68,7 +68,7 @@ def log_row(rng: Random, *, reserved: bool) -> Row:
     return {
         "instruction": "Write this report as one line of the harbour log.",
         "input": report,
-        "output": f"{day[:3].upper()} | {ship} | {origin} > {port} | {n} {goods}",
+        "output": f"ship: {ship} | from: {origin} | to: {port} | cargo: {n} crates of {goods} | day: {day}",
     }
 
 

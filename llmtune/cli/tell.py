@@ -9,8 +9,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from llmtune.console import speaker
-from llmtune.errors import PlanError
-from llmtune.units import format_bytes
 
 if TYPE_CHECKING:
     from llmtune.finetuner import RunResult
@@ -32,14 +30,7 @@ def tell_plan(plan: Plan, as_json: bool) -> None:
         speaker.show(plan.summary())
         for notice in plan.notices:
             speaker.warn(notice)
-    if not plan.fits:
-        memory = plan.memory
-        terms = sorted(memory.terms.items(), key=lambda term: -term[1])
-        named = ", ".join(f"{name} {format_bytes(size)}" for name, size in terms if size)
-        raise PlanError(
-            f"needs {format_bytes(memory.peak_bytes)}, {format_bytes(memory.free_bytes)} are free on {memory.device} "
-            f"({named}). Try --method qlora, a smaller --set data.max_length, or a smaller --model."
-        )
+    plan.require_fit()
 
 
 def show_plan(rows: Iterable[tuple[str, object, str, str]]) -> None:

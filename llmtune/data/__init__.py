@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmtune.data.batches import collate, epoch_order, micro_batches, shard_rows
+from llmtune.data.batches import collate, epoch_order, micro_batches, padded, shard_rows
 from llmtune.data.check import DataReport, check, write_fixed
 from llmtune.data.encode import encode, estimate_stats
 from llmtune.data.encoded import EncodedDataset
@@ -46,6 +46,7 @@ __all__ = [
     "epoch_order",
     "estimate_stats",
     "micro_batches",
+    "padded",
     "read",
     "resolve",
     "shard_rows",

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+PAD_MULTIPLE = 8  # widths of tensors; matrix units of CPUs and GPUs work on blocks of eight 2-byte values
 IGNORED = -100  # the label that cross-entropy in torch and transformers leaves out
 
 
@@ -51,8 +52,9 @@ def micro_batches(
 ) -> list[list[int]]:
     """The rows of one update, cut into micro-batches of similar length.
 
-    Each micro-batch keeps rows x longest row <= ``token_budget`` and at most ``max_rows`` rows; a row longer than the
-    budget stands alone. Longest first, so that memory peaks at the first micro-batch of an update.
+    Each micro-batch keeps rows x width <= ``token_budget``, its longest row padded as `collate` does, and at most
+    ``max_rows`` rows; a row longer than the budget stands alone. Longest first, so that memory peaks at the first
+    micro-batch of an update.
 
     Args:
         lengths: Tokens of every row of the data set, int32 [rows of the data set].
@@ -66,7 +68,7 @@ def micro_batches(
         # Sorted downwards, so the first row of a batch is its longest.
         if (
             current is not None
-            and (len(current) + 1) * int(lengths[current[0]]) <= token_budget
+            and (len(current) + 1) * padded(int(lengths[current[0]])) <= token_budget
             and (max_rows is None or len(current) < max_rows)
         ):
             current.append(row)
@@ -75,16 +77,20 @@ def micro_batches(
     return batches
 
 
-def collate(encoded: Sequence[Encoded], pad_token_id: int, multiple_of: int = 8) -> dict[str, Tensor]:
-    """One micro-batch as tensors, padded on the right to a multiple of ``multiple_of``.
+def padded(length: int) -> int:
+    """The width that a row of this length is padded to at least."""
+    return max(1, -(-length // PAD_MULTIPLE)) * PAD_MULTIPLE
+
+
+def collate(encoded: Sequence[Encoded], pad_token_id: int) -> dict[str, Tensor]:
+    """One micro-batch as tensors, padded on the right to a multiple of ``PAD_MULTIPLE``.
 
     Returns:
         ``input_ids``, ``attention_mask``, ``labels``: int64 [batch, seq]; labels are -100 where nothing is learned.
     """
     import torch
 
-    longest = max(len(row.input_ids) for row in encoded)
-    width = -(-longest // multiple_of) * multiple_of
+    width = padded(max(len(row.input_ids) for row in encoded))
     input_ids = np.full((len(encoded), width), pad_token_id, dtype=np.int64)
     attention_mask = np.zeros((len(encoded), width), dtype=np.int64)
     labels = np.full((len(encoded), width), IGNORED, dtype=np.int64)

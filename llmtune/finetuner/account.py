@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,6 +47,21 @@ def open_run(config: RunConfig, identity: dict[str, str], *, data_name: str) -> 
     return RunDirectory.create(
         choose_directory(config.output.root, name, {"fresh": "yes"} if fresh else identity), identity=identity
     )
+
+
+def require_writable(config: RunConfig) -> None:
+    """Fail now, not after an hour of tokenising, when the output cannot be written.
+
+    Raises:
+        OutputError: The nearest existing directory of the output refuses a new file.
+    """
+    wanted = Path(config.output.dir or config.output.root).absolute()
+    place = next(path for path in (wanted, *wanted.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise OutputError(f"cannot write to {place}: {error.strerror}. Choose another --output.") from None
 
 
 def begin(run: RunDirectory, *, config: RunConfig, plan: Plan, fingerprint: str, hardware: Hardware) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -11,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 from llmtune.config import RunConfig, load_config
 from llmtune.console import quieten_libraries, speaker
 from llmtune.data import DataReport
-from llmtune.errors import CheckpointError, ConfigError, HardwareError, PlanError, did_you_mean
+from llmtune.errors import CheckpointError, ConfigError, HardwareError, did_you_mean
 from llmtune.evaluation import Metric
 from llmtune.finetuner import account, facts
 from llmtune.finetuner.result import RunResult
 from llmtune.hardware import Hardware, launch_shortfall
-from llmtune.planning import Plan, PlanRequest, make_plan, variants
+from llmtune.planning import Plan, make_plan
 from llmtune.runs import RunDirectory
-from llmtune.units import format_bytes
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -111,6 +111,7 @@ class FineTuner:
         if shortfall := launch_shortfall(os.environ):
             speaker.warn(shortfall)
         self._require_metric()
+        account.require_writable(self.config)
         source, evaluation = facts.sources_of(self.config, self._data)
         report = facts.check_data(self.config, source)
         report.raise_if_bad(self.config.data.on_bad_row)
@@ -121,7 +122,7 @@ class FineTuner:
         request = facts.plan_request(self.config, machine, model, data, processes=ranks.size)
         plan = ranks.from_main(make_plan(request) if ranks.is_main else None)
         assert plan is not None
-        _require_fit(plan, request)
+        plan.require_fit()
         run = self._open_run(ranks, model, data, source.name)
         if run.run["status"] == "finished":
             speaker.say(f"{run.path} is finished; nothing to do")
@@ -170,11 +171,12 @@ class FineTuner:
             raise ConfigError("evaluate.metric", [f"got '{wanted}'{did_you_mean(wanted, known)}"])
 
     def _open_run(self, ranks: Ranks, model: facts.Model, data: facts.Data, data_name: str) -> RunDirectory:
-        revision = self.config.model.revision
+        revision, template = self.config.model.revision, getattr(model.tokenizer, "chat_template", None)
+        settings = hashlib.sha256(f"{self.config.identity_hash()}\n{template}".encode()).hexdigest()
         identity = {
             "data": data.fingerprint[:12],
             "model": model.spec.id + (f"@{revision}" if revision else ""),
-            "config": self.config.identity_hash()[:12],
+            "config": settings[:12],
         }
         run = account.open_run(self.config, identity, data_name=data_name) if ranks.is_main else None
         path = ranks.from_main(run.path if run is not None else None)
@@ -266,22 +268,3 @@ class FineTuner:
                 raise ConfigError("FineTuner", ["nothing is trained yet; call train() first"])
             self._tuned = TunedRun.open(self._run_dir, data=self._data)
         return self._tuned
-
-
-def _require_fit(plan: Plan, request: PlanRequest) -> None:
-    memory = plan.memory
-    if not plan.fits:
-        terms = sorted(memory.terms.items(), key=lambda term: -term[1])
-        named = ", ".join(f"{name} {format_bytes(size)}" for name, size in terms if size)
-        flags = "; ".join(f"{flag} ({format_bytes(p.memory.peak_bytes)})" for flag, p in variants(request))
-        closest = f"Closest that fit: {flags}" if flags else "Nothing near it fits; name a smaller model with --model"
-        raise PlanError(
-            f"needs {format_bytes(memory.peak_bytes)}, {format_bytes(memory.free_bytes)} are free on {memory.device} "
-            f"({named}). {closest}."
-        )
-    free = request.hardware.disk_free_bytes
-    if plan.disk_bytes > free:
-        raise PlanError(
-            f"needs {format_bytes(plan.disk_bytes)} of disk for {plan.keep_checkpoints.value} checkpoints and result, "
-            f"{format_bytes(free)} are free. Free some, choose another disk with --output, or pass --set save.keep=2."
-        )

@@ -92,7 +92,7 @@ def model_of(config: RunConfig, machine: Machine, source: Source, *, download: b
     choice = Choice(config.model.id, "you set model.id", "user")
     wanted = config.model
     if wanted.id == "auto":
-        entry, choice = choose_model(_planner_of_entries(config, machine, source))
+        entry, choice = _choose_entry(config, machine, source)
         wanted = wanted.model_copy(update={"id": entry.id})
     if not download and not _is_here(wanted.id) and (known := find_entry(wanted.id)) is not None:
         return Model(
@@ -163,15 +163,17 @@ def plan_request(config: RunConfig, machine: Machine, model: Model, data: Data, 
     )
 
 
-def _planner_of_entries(config: RunConfig, machine: Machine, source: Source) -> Callable[[CatalogueEntry], Plan]:
-    """Plans of catalogue entries for this data, which is read once and scaled to each entry's tokens."""
+def _choose_entry(config: RunConfig, machine: Machine, source: Source) -> tuple[CatalogueEntry, Choice[str]]:
+    """The best catalogue entry for this data, which is read once and scaled to each entry's tokens."""
     read = _estimated(config, source, USUAL_BYTES_PER_TOKEN, sys.maxsize)
-    fraction = _eval_share(config, read.rows)
+    eval_rows = int(read.rows * _eval_share(config, read.rows))
 
-    def plan(entry: CatalogueEntry) -> Plan:
+    def stats_of(entry: CatalogueEntry) -> DataStats:
         scale = USUAL_BYTES_PER_TOKEN / entry.bytes_per_token
         counts = ("tokens", "supervised_tokens", "length_p50", "length_p95", "length_p99", "length_max")
-        stats = replace(read, **{name: round(getattr(read, name) * scale) for name in counts})
+        return replace(read, **{name: round(getattr(read, name) * scale) for name in counts})
+
+    def plan(entry: CatalogueEntry) -> Plan:
         model = Model(
             spec=spec_from_entry(entry),
             preset=Preset.load(entry.family),
@@ -179,10 +181,11 @@ def _planner_of_entries(config: RunConfig, machine: Machine, source: Source) -> 
             location=None,
             tokenizer=None,
         )
-        data = Data(train=None, eval=None, stats=stats, eval_rows=int(stats.rows * fraction), fingerprint="")
+        data = Data(train=None, eval=None, stats=stats_of(entry), eval_rows=eval_rows, fingerprint="")
         return plan_of(config, machine, model, data, processes=1)
 
-    return plan
+    drops = config.data.too_long == "drop"
+    return choose_model(plan, lambda entry: 0 if drops else stats_of(entry).length_max)
 
 
 def _is_here(model_id: str) -> bool:

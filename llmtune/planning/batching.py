@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 
+from llmtune.data import padded
 from llmtune.planning.choice import Choice, asked_or
-from llmtune.planning.request import PlanRequest, padded
+from llmtune.planning.request import PlanRequest
 
 # Padded tokens per forward pass. CPU: 768–1,024 was fastest on 0.1–1B models on two AMX cores; one GPU is bound by
 # kernel launches below 16k tokens at 1B.

@@ -20,7 +20,7 @@ def check_request(request: PlanRequest) -> None:
     problems = [*_name_problems(request), *_machine_problems(request), *_target_problems(request)]
     asked, stats, spec = request.config.data.max_length, request.stats, request.spec
     if asked is not None and asked > spec.context:
-        problems.append(f"data.max_length: got {asked:,}, but the context of {spec.id} is {spec.context:,} tokens")
+        problems.append(f"data.max_length: got {asked}, but the context of {spec.id} is {spec.context} tokens")
     if problems:
         raise ConfigError("configuration", problems)
     if asked is None and not stats.estimated and stats.length_max > spec.context:

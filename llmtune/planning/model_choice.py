@@ -10,8 +10,8 @@ from llmtune.planning.plan import Plan
 from llmtune.presets import CatalogueEntry, catalogue
 from llmtune.units import format_bytes, format_count, format_seconds
 
-# A run that people can wait for: started in the evening, done in the morning.
-TIME_BUDGET_SECONDS = 8 * 3600
+# How long people wait for what they asked: over a coffee, over an afternoon, over a night. llmtune: chosen.
+TIME_BUDGET_SECONDS = {"highspeed": 1800, "quality": 2 * 3600, "bestaccuracy": 8 * 3600}
 BUILTIN_FAMILY = "tiny"
 
 
@@ -21,7 +21,7 @@ def choose_model(
     """Pick the catalogue's best entry for this machine and data.
 
     Open entries only (a gated one needs a licence accepted first) and never the builtin one. The largest that fits
-    memory and the time budget wins; instruction-tuned before base, then the order of the catalogue.
+    memory and the time budget wins; instruction-tuned before base, newer before older.
 
     Args:
         plan_of: Makes the plan of one entry; memory and time are read from it.
@@ -37,7 +37,8 @@ def choose_model(
             "no catalogued model has a context as long as the longest row; shorten it, or drop it with "
             "--set data.too_long=drop --set data.max_length=N"
         )
-    ranked = sorted(entries, key=lambda entry: (-entry.parameters, not entry.instruct))
+    # Generations of a family are listed oldest first; of two models of one size the newer wins.
+    ranked = sorted(reversed(entries), key=lambda entry: (-entry.parameters, not entry.instruct))
     smallest: tuple[CatalogueEntry, Plan] | None = None
     larger: str | None = None
     for entry in ranked:
@@ -46,10 +47,11 @@ def choose_model(
             larger = f"{entry.id} would need {format_bytes(plan.memory.peak_bytes)}"
             continue
         smallest = (entry, plan)
-        if plan.time.total_seconds <= TIME_BUDGET_SECONDS:
+        budget = TIME_BUDGET_SECONDS[plan.preset.value]
+        if plan.time.total_seconds <= budget:
             size = format_count(entry.parameters)
             reason = f"the largest open model ({size} parameters) that fits {format_bytes(plan.memory.free_bytes)}"
-            reason += f" and trains within {format_seconds(TIME_BUDGET_SECONDS)}"
+            reason += f" and trains within {format_seconds(budget)}, for {plan.preset.value}"
             return entry, Choice(entry.id, f"{reason}; {larger}" if larger else reason, "derived")
         larger = f"{entry.id} would take about {format_seconds(plan.time.total_seconds)}"
     if smallest is None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from llmtune.errors import PlanError
 from llmtune.planning.choice import Choice
 from llmtune.planning.memory import MemoryEstimate
 from llmtune.planning.timing import TimeEstimate
@@ -14,7 +15,7 @@ from llmtune.units import format_bytes, format_seconds
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """One run, decided. Every field but the last five is a ``Choice``.
+    """One run, decided. Every field is a ``Choice``, up to ``memory``.
 
     Attributes:
         processes: Ranks that train together.
@@ -25,6 +26,7 @@ class Plan:
         accumulation: Forward passes per update on one device, on average (a description, not a setting: one data
             loader item is one update and holds as many micro-batches as its rows need).
         disk_bytes: What the checkpoints that are kept, one being written and the result take on disk.
+        closest: Flags and peak memory of the nearest plans that fit, where this one does not.
         patience: Evaluations without improvement before stopping; None never stops early.
     """
 
@@ -64,7 +66,9 @@ class Plan:
     memory: MemoryEstimate
     time: TimeEstimate
     disk_bytes: int
+    disk_free_bytes: int
     fits: bool
+    closest: tuple[tuple[str, int], ...]
     notices: tuple[str, ...]
 
     def choices(self) -> Iterator[tuple[str, Choice[Any]]]:
@@ -86,7 +90,9 @@ class Plan:
             "memory": self.memory.to_json(),
             "time": self.time.to_json(),
             "disk_bytes": self.disk_bytes,
+            "disk_free_bytes": self.disk_free_bytes,
             "fits": self.fits,
+            "closest": [{"flags": flags, "peak_bytes": peak} for flags, peak in self.closest],
             "notices": list(self.notices),
         }
 
@@ -102,9 +108,38 @@ class Plan:
             memory=MemoryEstimate.from_json(document["memory"]),
             time=TimeEstimate.from_json(document["time"]),
             disk_bytes=document["disk_bytes"],
+            disk_free_bytes=document["disk_free_bytes"],
             fits=document["fits"],
+            closest=tuple((near["flags"], near["peak_bytes"]) for near in document["closest"]),
             notices=tuple(document["notices"]),
         )
+
+    def require_fit(self) -> None:
+        """Refuse a plan that this machine cannot carry out.
+
+        Raises:
+            PlanError: Memory or disk are short; names the terms and the nearest plans that do fit, as ready flags.
+        """
+        memory = self.memory
+        if not self.fits:
+            near = "; ".join(f"{flags} ({format_bytes(peak)})" for flags, peak in self.closest)
+            ways_out = (
+                f"Closest that fit: {near}" if near else "Nothing near it fits; name a smaller model with --model"
+            )
+            raise PlanError(
+                f"needs {format_bytes(memory.peak_bytes)}, {format_bytes(memory.free_bytes)} are free on "
+                f"{memory.device} ({self._terms()}). {ways_out}."
+            )
+        if self.disk_bytes > self.disk_free_bytes:
+            raise PlanError(
+                f"needs {format_bytes(self.disk_bytes)} of disk for {self.keep_checkpoints.value} checkpoints and the "
+                f"result, {format_bytes(self.disk_free_bytes)} are free. Free some, choose another disk with --output, "
+                "or pass --set save.keep=2."
+            )
+
+    def _terms(self) -> str:
+        terms = sorted(self.memory.terms.items(), key=lambda term: -term[1])
+        return ", ".join(f"{name} {format_bytes(size)}" for name, size in terms if size)
 
     def rows(self) -> list[tuple[str, str, str, str]]:
         """The plan as table rows: choice, value, source, reason."""
@@ -113,11 +148,10 @@ class Plan:
     def summary(self) -> str:
         """Memory and time in one sentence."""
         memory = self.memory
-        terms = sorted(memory.terms.items(), key=lambda item: -item[1])
-        parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in terms if size)
         return (
             f"Memory: {format_bytes(memory.peak_bytes)} of {format_bytes(memory.free_bytes)} free on {memory.device} "
-            f"({parts}). Time: about {format_seconds(self.time.total_seconds)} for {self.updates.value} updates."
+            f"({self._terms()}). "
+            f"Time: about {format_seconds(self.time.total_seconds)} for {self.updates.value} updates."
         )
 
     def __str__(self) -> str:

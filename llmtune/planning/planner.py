@@ -29,6 +29,13 @@ def make_plan(request: PlanRequest) -> Plan:
         ConfigError: Values that only the plan can judge, such as an unknown schedule or optimizer; all at once.
         DataError: The longest row does not fit the model's context.
     """
+    plan = _best(request)
+    if plan.fits:
+        return plan
+    return replace(plan, closest=tuple((flags, near.memory.peak_bytes) for flags, near in variants(request)))
+
+
+def _best(request: PlanRequest) -> Plan:
     check_request(request)
     plans = [_assemble(request, way) for way in _ways(request)]
     fitting = [plan for plan in plans if plan.fits]
@@ -132,7 +139,9 @@ def _assemble(request: PlanRequest, way: _Way) -> Plan:
         memory=memory,
         time=_time(request, footprint, trainable, workload),
         disk_bytes=_disk_bytes(trainable, config.save.keep),
+        disk_free_bytes=request.hardware.disk_free_bytes,
         fits=memory.fits,
+        closest=(),
         notices=_notices(request, way.method),
     )
 
@@ -267,7 +276,7 @@ def variants(request: PlanRequest) -> list[tuple[str, Plan]]:
     for length in sorted(lengths, reverse=True):
         if length < min(stats.length_max, _max_length(request).value):
             changes.append({"data.max_length": length, "data.too_long": "drop"})
-    found = [(_flags(change), make_plan(replace(request, config=_changed(request, change)))) for change in changes]
+    found = [(_flags(change), _best(replace(request, config=_changed(request, change)))) for change in changes]
     return [(flags, plan) for flags, plan in found if plan.fits]
 
 

@@ -7,14 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmtune.config import RunConfig
-from llmtune.data import DataStats
+from llmtune.data import DataStats, padded
 from llmtune.hardware import DeviceChoice, Hardware
 from llmtune.models import ModelSpec
 from llmtune.planning.choice import Choice
 from llmtune.presets import Level, Preset, dataset_size
-
-# Rows are padded to a multiple of this many tokens, which matrix units like.
-PADDED_TO = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,8 +78,3 @@ class PlanRequest:
         group, leaf = key.split(".")
         value = getattr(getattr(self.config, group), leaf)
         return Choice(value, f"you set {key}", "user") if self.was_set(key) else Choice(value, reason, "default")
-
-
-def padded(length: int) -> int:
-    """Tokens that a row of ``length`` tokens takes at least."""
-    return math.ceil(max(1, length) / PADDED_TO) * PADDED_TO

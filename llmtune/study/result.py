@@ -169,5 +169,5 @@ def write_best(result: StudyResult, config: RunConfig, *, model: str, method: st
         for key, value in result.best.params.items()
         if key in result.default.params
     ]
-    text = "\n".join(lines) + "\n" + yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+    text = "\n".join(lines) + "\n" + yaml.safe_dump(document, sort_keys=False)
     write_atomically(result.config_path, text.encode("utf-8", "replace"))

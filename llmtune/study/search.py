@@ -254,10 +254,10 @@ def trial_config(config: RunConfig, settled: Settled, params: Mapping[str, Numbe
 
 def _replaced(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     """``config`` with some keys replaced, validated again; unlike a round trip through JSON it keeps the token."""
-    document = config.model_dump()
+    document = config.model_dump(exclude_unset=True)
     for key, value in changes.items():
         group, leaf = key.split(".")
-        document[group][leaf] = value
+        document.setdefault(group, {})[leaf] = value
     return RunConfig.model_validate(document)
 
 

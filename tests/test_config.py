@@ -1,0 +1,414 @@
+"""Configuration: every key from every source, one order of precedence, every problem at once."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from llmtune.config import RunConfig, cache_dir, load_config, resolve_key, settable_keys, store_url
+from llmtune.errors import ConfigError
+
+# One value that is not the default for every key: a new key without one fails here.
+VALUES = {
+    "model.id": "builtin:tiny",
+    "model.revision": "v2",
+    "model.token": "hf_secret",
+    "model.trust_remote_code": True,
+    "data.path": "d.jsonl",
+    "data.eval_path": "e.jsonl",
+    "data.format": "chat",
+    "data.columns": {"prompt": "q"},
+    "data.max_length": 512,
+    "data.too_long": "drop",
+    "data.on_bad_row": "skip",
+    "data.eval_fraction": 0.2,
+    "data.chat_template": "t.jinja",
+    "train.preset": "highspeed",
+    "train.method": "qlora",
+    "train.epochs": 2.5,
+    "train.max_steps": 10,
+    "train.learning_rate": 1e-4,
+    "train.schedule": "linear",
+    "train.warmup_ratio": 0.1,
+    "train.weight_decay": 0.01,
+    "train.optimizer": "adamw_torch",
+    "train.max_grad_norm": 0.3,
+    "train.global_batch_size": 32,
+    "train.micro_batch_size": 4,
+    "train.token_budget": 2048,
+    "train.precision": "bf16",
+    "train.activation_checkpointing": True,
+    "train.device": "cpu",
+    "train.num_workers": 2,
+    "train.seed": 7,
+    "adapter.rank": 8,
+    "adapter.alpha": 16,
+    "adapter.dropout": 0.1,
+    "adapter.targets": ["q_proj", "v_proj"],
+    "adapter.quantization": "int8",
+    "evaluate.every_steps": 5,
+    "evaluate.base": False,
+    "evaluate.metric": "exact_match",
+    "evaluate.greater_is_better": True,
+    "evaluate.patience": 2,
+    "evaluate.min_delta": 0.01,
+    "evaluate.num_samples": 1,
+    "evaluate.max_new_tokens": 16,
+    "evaluate.metric_rows": 8,
+    "save.every_steps": 6,
+    "save.keep": 4,
+    "recover.resume": "never",
+    "monitor.report": False,
+    "monitor.report_to": ["tensorboard"],
+    "output.dir": "out",
+    "output.root": "all",
+}
+LEAVES = [key.split(".")[1] for key in VALUES]
+SHORT = {key: leaf if LEAVES.count(leaf := key.split(".")[1]) == 1 else key for key in VALUES}
+
+
+def value_of(config: RunConfig, key: str):
+    group, leaf = key.split(".")
+    value = getattr(getattr(config, group), leaf)
+    return value.get_secret_value() if key == "model.token" else list(value) if isinstance(value, tuple) else value
+
+
+def load(overrides=None, **kwargs) -> RunConfig:
+    return load_config(overrides, **({"environ": {}} | kwargs))
+
+
+def error(*args, **kwargs) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load(*args, **kwargs)
+    return str(caught.value)
+
+
+def written(tmp_path, document) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(document if isinstance(document, str) else yaml.safe_dump(document))
+    return str(path)
+
+
+# ------------------------------------------------------------------ every key, every source
+
+
+def test_every_key_is_covered_and_described():
+    assert settable_keys().keys() == VALUES.keys()
+    assert all(settable_keys().values())
+
+
+@pytest.mark.parametrize("key", VALUES)
+def test_a_key_can_be_set_from_everywhere(key, tmp_path):
+    value, group, leaf = VALUES[key], *key.split(".")
+    assert value_of(RunConfig(), key) != value if key != "model.token" else True
+    text = value if isinstance(value, str) else json.dumps(value)
+    configs = [
+        load({key: value}),
+        load({SHORT[key]: value}),
+        load({group: {leaf: value}}),
+        load(settings=[f"{key}={text}"]),
+        load(settings=[f"{SHORT[key]}={text}"]),
+        load(environ={f"LLMTUNE_{group}_{leaf}".upper(): text}),
+        load(file=written(tmp_path, {group: {leaf: value}})),
+        load(file=written(tmp_path, {SHORT[key]: value})),
+    ]
+    if SHORT[key] == leaf:
+        configs.append(load(environ={f"LLMTUNE_{leaf}".upper(): text}))
+    assert [value_of(config, key) for config in configs] == [value] * len(configs)
+
+
+@pytest.mark.parametrize("key", VALUES)
+def test_auto_means_decide_for_me(key):
+    default = value_of(RunConfig(), key) if key != "model.token" else None
+    if default is None:
+        group, leaf = key.split(".")
+        assert getattr(getattr(load({key: "auto"}), group), leaf) is None
+        assert load(settings=[f"{key}=auto"]) == RunConfig()
+
+
+def test_precedence(tmp_path):
+    sources = {
+        "environ": {"LLMTUNE_EPOCHS": "1"},
+        "file": written(tmp_path, {"train": {"epochs": 2}}),
+        "overrides": {"epochs": 3},
+        "settings": ["epochs=4"],
+    }
+    for name, expected in reversed([("environ", 1), ("file", 2), ("overrides", 3), ("settings", 4)]):
+        assert load(**sources).train.epochs == expected
+        del sources[name]
+    assert load(**sources).train.epochs is None
+
+
+def test_none_and_empty_values_say_nothing(tmp_path):
+    assert load({"epochs": None}, environ={"LLMTUNE_EPOCHS": ""}) == RunConfig()
+    assert load(file=written(tmp_path, "train:\nadapter: {rank: 8}\n")).adapter.rank == 8
+    assert load(file=written(tmp_path, "# nothing\n")) == RunConfig()
+    assert load({"epochs": None}, environ={"LLMTUNE_EPOCHS": "2"}).train.epochs == 2
+
+
+def test_bare_values_and_reserved_variables():
+    assert load({"model": "builtin:tiny", "output": "out"}).asked() == {
+        "model": {"id": "builtin:tiny"},
+        "output": {"dir": "out"},
+    }
+    assert load(environ={"LLMTUNE_MODEL": "a/b"}).model.id == "a/b"
+    assert load(environ={"LLMTUNE_STORE": "x", "LLMTUNE_CACHE": "y", "LLMTUNE_DEBUG": "1", "HOME": "z"}) == RunConfig()
+
+
+def test_columns_are_keys_of_their_own(tmp_path):
+    file = written(tmp_path, {"data": {"columns": {"prompt": "a", "completion": "b"}}})
+    assert load(file=file, settings=["data.columns.prompt=c"]).data.columns == {"prompt": "c", "completion": "b"}
+    assert load(file=file, settings=["columns.system=1"]).data.columns["system"] == "1"
+    assert load({"columns": {"input": "x"}}, file=file).data.columns == {"input": "x"}
+    given = {"prompt": "q"}
+    load({"columns": given}, settings=["columns.completion=a"])
+    assert given == {"prompt": "q"}
+
+
+# ------------------------------------------------------------------ what texts mean
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "0.0001", "1.0e-4"])
+def test_small_numbers_in_every_notation(text, tmp_path):
+    assert load(settings=[f"learning_rate={text}"]).train.learning_rate == 1e-4
+    assert load(environ={"LLMTUNE_LEARNING_RATE": text}).train.learning_rate == 1e-4
+    assert load(file=written(tmp_path, f"train: {{learning_rate: {text}}}")).train.learning_rate == 1e-4
+    assert load({"learning_rate": text}).train.learning_rate == 1e-4
+
+
+def test_texts_stay_texts():
+    settings = ["output.dir=2024", "revision=1e10", "schedule=null", "data.path=on", "chat_template=2024-01-01"]
+    config = load(settings=settings)
+    assert (config.output.dir, config.model.revision, config.data.path) == ("2024", "1e10", "on")
+    assert (config.train.schedule, config.data.chat_template) == ("null", "2024-01-01")
+
+
+def test_switches_and_lists():
+    assert load(settings=["trust_remote_code=true"]).model.trust_remote_code is True
+    assert load(settings=["evaluate.base=no"]).evaluate.base is False
+    assert load(settings=["targets=q_proj, v_proj"]).adapter.targets == ("q_proj", "v_proj")
+    assert load({"targets": "all-linear"}).adapter.targets == ("all-linear",)
+    assert load(settings=["max_steps=1e3"]).train.max_steps == 1000
+    assert load(settings=["epochs=null"]).train.epochs is None
+
+
+def test_a_value_may_hold_an_equals_sign():
+    assert load(settings=["data.path=a=b.jsonl"]).data.path == "a=b.jsonl"
+
+
+# ------------------------------------------------------------------ problems
+
+
+def test_the_shape_of_the_message(tmp_path):
+    file = written(tmp_path, {"train": {"learing_rate": 1e-4}, "data": {"max_length": -1}})
+    assert error(file=file) == (
+        f"{file}: 2 problems. train.learing_rate: unknown key, did you mean 'learning_rate'? · "
+        "data.max_length: got -1, expected an integer >= 16."
+    )
+
+
+def test_each_problem_names_its_source(tmp_path):
+    file = written(tmp_path, {"train": {"epochs": -1}, "save": {"keep": 2}})
+    message = error(
+        {"rank": 0, "prset": "x"},
+        file=file,
+        settings=["seed=-1", "keep=1"],
+        environ={"LLMTUNE_EPOHCS": "1", "LLMTUNE_ADAPTER_DROPOUT": "2"},
+        where="FineTuner",
+    )
+    assert message.startswith("configuration: 7 problems. ")
+    for text in (
+        "LLMTUNE_EPOHCS: epohcs: unknown key, did you mean 'epochs'?",
+        "LLMTUNE_ADAPTER_DROPOUT: adapter.dropout: got 2, expected a number < 1",
+        f"{file}: train.epochs: got -1, expected a number > 0",
+        "FineTuner: adapter.rank: got 0, expected an integer >= 1",
+        "FineTuner: prset: unknown key, did you mean 'preset'?",
+        "--set: train.seed: got -1, expected an integer >= 0",
+        "--set: save.keep: got 1, expected an integer >= 2",
+    ):
+        assert text in message
+
+
+@pytest.mark.parametrize(
+    ("setting", "says"),
+    [
+        ("epochs", "got 'epochs', expected key=value"),
+        ("=3", "got '', expected key=value"),
+        ("every_steps=3", "stands in several groups, give one of evaluate.every_steps, save.every_steps"),
+        ("train=3", "is a group; give one of its keys, such as 'train.preset'"),
+        ("train.epochs.x=3", "'train.epochs' has no keys below it"),
+        ("zzz=1", "unknown key, known are model.*, data.*, train.*"),
+        ("method=loar", "train.method: got 'loar', expected 'lora', 'qlora' or 'full'"),
+        ("epochs=many", "train.epochs: got 'many', expected a number"),
+        ("epochs=nan", "train.epochs: got nan, expected a finite number"),
+        ("max_steps=2.5", "train.max_steps: got 2.5, expected an integer"),
+        ("rank=true", "adapter.rank: got True, expected a number"),
+        ("evaluate.base=perhaps", "evaluate.base: got 'perhaps', expected true or false"),
+        ("targets=[]", "adapter.targets: got [], expected a list that is not empty"),
+        ("targets=3", "adapter.targets: got 3, expected a list"),
+        ("data.columns=x", "data.columns: got 'x', expected a mapping"),
+        ("model.id=", "model.id: got '', expected a text that is not empty"),
+    ],
+)
+def test_each_mistake_is_explained(setting, says):
+    message = error(settings=[setting])
+    assert message.startswith("--set: ")
+    assert says in message
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("- a\n- b\n", "holds no keys"),
+        ("train: {epochs: 1", "is not valid YAML"),
+        ("1: 2\n", "holds no keys"),
+        ("train: {epochs: 1, epochs: 2}\n", "'epochs' is given twice"),
+        ("train: {epochs: 1}\nepochs: 2\n", "train.epochs: is given twice"),
+        ("train: 3\n", "train: is a group"),
+        ("output: {dir: 2024}\n", "output.dir: got 2024, expected a text; quote it in YAML"),
+        ("data: {path: 2024-13-45}\n", "expected a text|not valid YAML"),
+    ],
+)
+def test_files_that_cannot_be_used(tmp_path, text, says):
+    file = written(tmp_path, text)
+    message = error(file=file)
+    assert message.startswith(f"{file}: ")
+    assert any(part in message for part in says.split("|")) or "2024-13-45" in text
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    assert "no such file" in error(file=tmp_path / "none.yaml")
+    assert "cannot be read" in error(file=tmp_path)
+    (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x00")
+    assert "cannot be read" in error(file=tmp_path / "x.yaml")
+
+
+def test_an_overridden_value_is_not_judged(tmp_path):
+    assert load({"epochs": 1}, file=written(tmp_path, {"epochs": -1})).train.epochs == 1
+
+
+def test_resolve_key():
+    assert resolve_key("epochs") == resolve_key("train.epochs") == "train.epochs"
+    assert resolve_key("columns.prompt") == "data.columns.prompt"
+    with pytest.raises(ValueError, match="did you mean"):
+        resolve_key("trian.epochs")
+
+
+# ------------------------------------------------------------------ frozen, secret, comparable
+
+
+def test_a_configuration_is_frozen_and_closed():
+    config = load({"targets": ["q_proj"]})
+    with pytest.raises(ValidationError):
+        config.train.epochs = 3
+    with pytest.raises(ValidationError):
+        config.train = None
+    with pytest.raises(ValidationError):
+        RunConfig.model_validate({"train": {"epochz": 3}})
+
+
+def test_the_token_is_never_shown():
+    config = load({"token": "hf_secret"})
+    for text in (repr(config), str(config), json.dumps(config.to_json()), str(config.asked()), f"{config.model}"):
+        assert "hf_secret" not in text
+    assert config.model.token.get_secret_value() == "hf_secret"
+    for message in (
+        error({"token": ["hf_secret"]}),
+        error({"model": {"token": {"a": "hf_secret"}}}),
+        error({"token": 12345}),
+        error(settings=["model.token:hf_secret"]),
+        error({"model.token": "hf_secret", "epochs": -1}),
+    ):
+        assert "hf_secret" not in message
+        assert "12345" not in message
+
+
+def test_the_identity_is_what_decides_the_result():
+    base = load().identity_hash()
+    for same in ({"dir": "x"}, {"root": "y"}, {"resume": "never"}, {"report": False}, {"token": "hf"}, {"path": "d"}):
+        assert load(same).identity_hash() == base
+    for other in ({"seed": 1}, {"epochs": 1}, {"model": "a"}, {"rank": 2}, {"columns": {"prompt": "x"}}):
+        assert load(other).identity_hash() != base
+
+
+def test_to_json_is_complete_and_loads_again():
+    config = load({key: value for key, value in VALUES.items() if key != "model.token"})
+    document = json.loads(json.dumps(config.to_json()))
+    assert load(document) == config
+    assert {f"{g}.{leaf}" for g, leaves in document.items() for leaf in leaves} == VALUES.keys() - {"model.token"}
+
+
+NAMES = st.text(min_size=1, max_size=12)
+NUMBERS = {
+    "train.epochs": st.floats(1e-6, 1e4),
+    "train.learning_rate": st.floats(1e-12, 1),
+    "train.max_steps": st.integers(1, 10**9),
+    "train.seed": st.integers(0, 2**32 - 1),
+    "adapter.dropout": st.floats(0, 1, exclude_max=True),
+    "data.max_length": st.integers(16, 10**6),
+    "evaluate.base": st.booleans(),
+    "train.activation_checkpointing": st.booleans(),
+}
+TEXTS = dict.fromkeys(
+    ["model.id", "model.revision", "data.path", "data.chat_template", "train.schedule", "output.dir", "output.root"],
+    NAMES,
+)
+CONFIGS = st.fixed_dictionaries(
+    {},
+    optional=NUMBERS
+    | TEXTS
+    | {
+        "data.columns": st.dictionaries(NAMES, NAMES, max_size=3),
+        "adapter.targets": st.lists(NAMES, min_size=1, max_size=3),
+        "train.method": st.sampled_from(["lora", "qlora", "full"]),
+        "train.preset": st.sampled_from(["highspeed", "quality", "bestaccuracy"]),
+    },
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(asked=CONFIGS)
+def test_what_was_asked_survives_yaml(asked, tmp_path_factory):
+    config = load(asked)
+    path = tmp_path_factory.mktemp("yaml") / "run.yaml"
+    path.write_text(yaml.safe_dump(config.asked()), encoding="utf-8")
+    again = load(file=path)
+    assert again == config
+    assert again.identity_hash() == config.identity_hash()
+
+
+@settings(max_examples=80, deadline=None)
+@given(text=st.text(max_size=30))
+def test_any_text_is_a_value_or_one_clear_error(text):
+    def message(setting: str) -> str | None:
+        try:
+            load(settings=[setting])
+        except ConfigError as problem:
+            return str(problem)
+        return None
+
+    for key in ("epochs", "data.path", "targets", "report", "columns", "token"):
+        said = message(f"{key}={text}")
+        assert said is None or said.startswith("--set: ")
+
+
+# ------------------------------------------------------------------ places
+
+
+def test_cache_and_store(monkeypatch, tmp_path):
+    for name in ("LLMTUNE_CACHE", "XDG_CACHE_HOME", "LLMTUNE_STORE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_dir() == tmp_path / ".cache" / "llmtune"
+    assert store_url() is None
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert str(cache_dir()) == "/x/llmtune"
+    monkeypatch.setenv("LLMTUNE_CACHE", "/c")
+    assert str(cache_dir()) == "/c"
+    monkeypatch.setenv("LLMTUNE_STORE", "postgresql://h/d")
+    assert store_url() == "postgresql://h/d"
