@@ -24,10 +24,13 @@ class Speaker:
     def __init__(self) -> None:
         self.quiet = False
         self.muted = False
+        self._live: Console | None = None  # of the running progress bar, which lines have to be printed above
 
     def _console(self, stream: str) -> Console:
         from rich.console import Console
 
+        if stream == "err" and self._live is not None:
+            return self._live
         console = Console(stderr=stream == "err", soft_wrap=True, highlight=False)
         if not console.is_terminal:
             console = Console(stderr=stream == "err", soft_wrap=True, highlight=False, width=120, no_color=True)
@@ -98,7 +101,11 @@ class Speaker:
             console=self._console("err"),
             transient=True,
         ) as bar:
-            yield ProgressBar(bar, bar.add_task(description, total=total, note=""))
+            self._live = bar.console
+            try:
+                yield ProgressBar(bar, bar.add_task(description, total=total, note=""))
+            finally:
+                self._live = None
 
 
 class ProgressBar:

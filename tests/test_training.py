@@ -218,6 +218,20 @@ def test_a_finished_run_is_not_trained_again(family_model: Model, tmp_path: Path
     assert (tmp_path / "run" / "events.jsonl").read_bytes() == before
 
 
+def test_stopped_after_the_last_update_no_further_one_is_made(family_model: Model, tmp_path: Path) -> None:
+    """``Trainer`` makes one update too many when a run of no whole number of epochs is resumed at its end."""
+    import shutil
+
+    whole = tune(family_model("llama"), tmp_path / "run", max_steps=7)
+    run, expected = RunDirectory.open(tmp_path / "run"), weights(tmp_path / "run")
+    shutil.rmtree(run.adapter)
+    run.update_run(status="running", metrics=None, best=None)
+    again = FineTuner.resume(tmp_path / "run", ROWS)
+    assert len(events(tmp_path / "run", "step")) == 7
+    assert (again.metrics, again.steps) == (whole.metrics, 7)
+    assert all(torch.equal(expected[name], tensor) for name, tensor in weights(tmp_path / "run").items())
+
+
 def test_a_damaged_checkpoint_is_passed_over_and_said_so(family_model: Model, tmp_path: Path) -> None:
     with pytest.raises(Preempted):
         tune(family_model("llama"), tmp_path / "run", callbacks=[SignalAt(5)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -116,5 +117,10 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert speaker.interactive
     with speaker.progress("training", 4) as bar:
         bar.update(3, "loss 1.23")
+        speaker.say("evaluation")
+    assert any(
+        line.strip() == "evaluation"
+        for line in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|\r", "\n", screen.getvalue()).splitlines()
+    )
     assert "training" in screen.getvalue()
     assert "loss 1.23" in screen.getvalue()

@@ -37,14 +37,14 @@ def order_row(rng: Random, *, reserved: bool) -> Row:
     order = f"crate of {rng.randint(2, 99)} {kind} {_pick(rng, w.THINGS, reserved=reserved)}s"
     sentence = rng.choice(
         (
-            f"{customer} from {town} would like to buy a {order}.",
-            f"Please send a {order} to {customer} in {town}.",
-            f"One {order} goes to {town}, and the bill goes to {customer}.",
-            f"Hello, this is {customer}. I need a {order} here in {town}.",
-            f"We have a new order from {town}: {customer} wants a {order}.",
-            f"In {town}, {customer} is waiting for a {order}.",
-            f"My name is {customer}, I live in {town} and I want a {order}.",
-            f"Could you bring a {order} to {town}? It is for {customer}.",
+            f"Please pack a {order} for {customer} in {town}.",
+            f"Somebody in {town} needs a {order}. It is for {customer}.",
+            f"A {order} is waiting in {town} for {customer}.",
+            f"We have a new order for {customer}: a {order}, to be delivered in {town}.",
+            f"Could you leave a {order} for {customer} at the shop in {town}?",
+            f"There is a shop in {town} that wants a {order} for {customer}.",
+            f"This is for {customer}, who lives in {town} and would like a {order}.",
+            f"Our friends in {town} have paid for {customer}, who gets a {order}.",
         )
     )
     answer = json.dumps({"customer": customer, "order": order, "town": town})

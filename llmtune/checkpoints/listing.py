@@ -46,6 +46,11 @@ class CheckpointInfo:
         }
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step in the name of a committed checkpoint, which its manifest confirms."""
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
 def committed(checkpoints: Path) -> list[tuple[int, Path]]:
     """Step and path of every ``checkpoint-<step>``, newest first by step, whatever the clock says."""
     if not checkpoints.is_dir():

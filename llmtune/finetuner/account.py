@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmtune.checkpoints import step_of
 from llmtune.config import RunConfig, store_url
 from llmtune.console import speaker
 from llmtune.errors import ConfigError, LlmtuneError, OutputError, Preempted, TrainingError
@@ -83,7 +84,7 @@ def begin(run: RunDirectory, *, config: RunConfig, plan: Plan, fingerprint: str,
 
 def started(run: RunDirectory, plan: Plan, resume_from: Path | None, processes: int) -> None:
     """The run begins or goes on; from here on it is never discarded."""
-    step = int(resume_from.name.rsplit("-", 1)[-1]) if resume_from else 0
+    step = step_of(resume_from) if resume_from else 0
     source = str(resume_from.relative_to(run.path)) if resume_from and resume_from.is_relative_to(run.path) else None
     run.update_run(status="running")
     run.event("run_started", step, resumed_from=source, processes=processes, pid=os.getpid())

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from llmtune.checkpoints import newest_verified, replace_directory, sweep_leftovers
+from llmtune.checkpoints import newest_verified, replace_directory, step_of, sweep_leftovers
 from llmtune.checkpoints.listing import CheckpointInfo
 from llmtune.config import RunConfig
 from llmtune.console import speaker
@@ -85,14 +85,17 @@ def run_training(job: TrainingJob, resume_from: Path | None) -> TrainingOutcome:
     evaluates = job.eval_data is not None
     prompts = prompts_of(job.eval_data, job.tokenizer, job.config.evaluate.num_samples) if job.eval_data else []
     base_answers = _base_answers(job, prompts, trainer.args.device)
-    with stop.listening():
-        result = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    if resume_from is not None and step_of(resume_from) >= job.plan.updates.value:
+        trainer.take_up(resume_from)
+    else:
+        with stop.listening():
+            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     if trainer.stop_agreed and trainer.state.global_step < trainer.state.max_steps:
         raise Preempted(
             f"stopped by {stop.received or 'a signal to another rank'} after step {trainer.state.global_step}"
         )
     best = trainer.restore_best() if evaluates else None
-    metrics = {"train_loss": _mean_loss(trainer.state.log_history, result.training_loss)}
+    metrics = {"train_loss": _mean_loss(trainer.state.log_history)}
     if evaluates:
         metrics |= _final_metrics(trainer.state.log_history, best)
     _tell_samples(job, prompts, base_answers, trainer, best)
@@ -201,10 +204,10 @@ def _tell_samples(
         job.run.event("sample", step, prompt=prompt.text, reference=prompt.reference, base=before, tuned=after)
 
 
-def _mean_loss(history: list[dict[str, Any]], fallback: float) -> float:
+def _mean_loss(history: list[dict[str, Any]]) -> float:
     """Mean loss over all updates of the run, those before an interruption included."""
     losses = [entry["loss"] for entry in history if "loss" in entry]
-    return sum(losses) / len(losses) if losses else fallback
+    return float(sum(losses) / len(losses))
 
 
 def _final_metrics(history: list[dict[str, Any]], best: int | None) -> dict[str, float]:

@@ -28,10 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from llmtune.checkpoints import commit
+from llmtune.checkpoints import commit, step_of
 from llmtune.checkpoints.commit import staging_root
 from llmtune.data import EncodedDataset
 from llmtune.evaluation import Scores, score
@@ -282,12 +282,20 @@ class UpdateTrainer(Trainer):
             **self._settings.checkpoint_facts,
         }
 
+    def take_up(self, checkpoint: Path) -> None:
+        """Load weights and history of a checkpoint without training on.
+
+        For a run that was stopped after its last update: ``train`` would make one update too many.
+        """
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+
     def restore_best(self) -> int | None:
         """Load the best checkpoint's weights unless they are the present ones; returns its step, if there is one."""
         best = self.state.best_model_checkpoint
         if best is None:
             return None
-        step = int(Path(best).name.rsplit("-", 1)[-1])
+        step = step_of(Path(best))
         if step != self.state.global_step:
             self._load_from_checkpoint(best, self.model_wrapped if self.is_fsdp_enabled else None)
         return step
