@@ -21,10 +21,10 @@ def tiny_path() -> Path:
 
 
 def demo_train_path() -> Path:
-    """The tuning data of ``llmtune demo``: orders in words and their JSON, as chat messages."""
+    """The tuning data of ``llmtune demo``: requests for a parcel and their JSON, as chat messages."""
     return _HERE / "demo" / "train.jsonl"
 
 
 def demo_heldout_path() -> Path:
-    """The held-out data of ``llmtune demo``: the same task, about names and things that are not in the tuning data."""
+    """The held-out data of ``llmtune demo``: the same task, about names that are not in the tuning data."""
     return _HERE / "demo" / "heldout.jsonl"

@@ -71,8 +71,8 @@ def show_next(commands: Iterable[tuple[str, str]]) -> None:
 def introduce_demo() -> None:
     """What the demo is about to do."""
     speaker.say(
-        "A small language model that ships with llmtune learns to turn orders, written as people write them, into "
-        "JSON.\nIt is judged on 80 orders it has not seen, about names that do not occur in its training data."
+        "A small language model that ships with llmtune learns to turn requests, written as people write them, into "
+        "JSON.\nIt is judged on 80 requests it has not seen, about names that do not occur in its training data."
     )
 
 
@@ -89,21 +89,21 @@ def tell_demo(result: RunResult, as_json: bool) -> None:
         return
     for sample in summary.samples:
         rows = [("prompt", sample.prompt), ("base", sample.base), ("tuned", sample.tuned), ("right", sample.reference)]
-        speaker.table("", ("", "held-out order"), rows)
+        speaker.table("", ("", "held-out request"), rows)
     show_metrics(summary)
     metrics = result.metrics
     if metrics.keys() >= {"base_exact_match", "exact_match"}:
         speaker.show(
-            f"Held-out orders answered exactly right: {metrics['base_exact_match']:.0%} before, "
+            f"Held-out requests answered exactly right: {metrics['base_exact_match']:.0%} before, "
             f"{metrics['exact_match']:.0%} after."
         )
     speaker.show(summary.verdict.text)
     _show_places(result)
     place = shlex.quote(str(result.run_dir))
-    order = shlex.quote("Please send 12 red lamps to Marlow for Ada Quill.")
+    request = shlex.quote("Please send the parcel of Veska to Ormin in Taldor.")
     show_next(
         [
-            ("ask it", f"llmtune chat {place} --once {order}"),
+            ("ask it", f"llmtune chat {place} --once {request}"),
             ("see what was planned, and why", f"llmtune show {place}"),
             ("train on your own data", "llmtune train YOUR.jsonl"),
         ]
