@@ -60,6 +60,9 @@ def _settle_environment() -> None:
     import logging
     import os
 
+    from llmtune.hardware import yield_cores
+
+    yield_cores()
     for name, value in {"HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "true"}.items():
         os.environ.setdefault(name, value)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

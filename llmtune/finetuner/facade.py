@@ -16,7 +16,7 @@ from llmtune.errors import CheckpointError, ConfigError, HardwareError, did_you_
 from llmtune.evaluation import Metric
 from llmtune.finetuner import account, facts
 from llmtune.finetuner.result import RunResult
-from llmtune.hardware import Hardware, launch_shortfall
+from llmtune.hardware import Hardware, launch_shortfall, yield_cores
 from llmtune.planning import Plan, make_plan
 from llmtune.runs import RunDirectory
 
@@ -97,6 +97,7 @@ class FineTuner:
         Raises:
             LlmtuneError: One of the tree in ``llmtune.errors``; the run directory holds the failure report.
         """
+        yield_cores()
         quieten_libraries()
         from llmtune.training import Ranks, run_training
 

@@ -8,6 +8,7 @@ from llmtune.hardware.device import DeviceChoice, choose_device
 from llmtune.hardware.doctor import Diagnosis, Problem, diagnose
 from llmtune.hardware.facts import Accelerator, Cpu, Hardware
 from llmtune.hardware.probes import Usable
+from llmtune.hardware.threads import yield_cores
 
 __all__ = [
     "Accelerator",
@@ -23,4 +24,5 @@ __all__ = [
     "detect",
     "diagnose",
     "launch_shortfall",
+    "yield_cores",
 ]
