@@ -45,6 +45,7 @@ VALUES = {
     "train.activation_checkpointing": True,
     "train.device": "cpu",
     "train.num_workers": 2,
+    "train.threads": 2,
     "train.seed": 7,
     "adapter.rank": 8,
     "adapter.alpha": 16,

@@ -103,6 +103,7 @@ class TrainConfig(Group):
     activation_checkpointing: bool | None = Field(None, description="recompute activations to save memory")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps or xpu")
     num_workers: Annotated[int, Field(ge=0)] | None = Field(None, description="data loader processes")
+    threads: Positive | None = Field(None, description="CPU threads of one process")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(42, description="of order, split, dropout, initialisation")
 
 

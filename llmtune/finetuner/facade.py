@@ -196,6 +196,7 @@ class FineTuner:
         report: DataReport,
     ) -> tuple[TrainingJob, Path | None]:
         """Settle the plan in force and where to start from, write both down, and load the weights."""
+        import torch
         from transformers import set_seed
 
         from llmtune.models import load_for_training
@@ -215,6 +216,7 @@ class FineTuner:
                 speaker.warn(notice)
         assert model.location is not None
         assert data.train is not None
+        torch.set_num_threads(plan.threads.value)
         set_seed(plan.seed.value)
         weights = load_for_training(
             model.location,

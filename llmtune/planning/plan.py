@@ -61,6 +61,7 @@ class Plan:
     save_every_steps: Choice[int]
     keep_checkpoints: Choice[int]
     patience: Choice[int | None]
+    threads: Choice[int]
     num_workers: Choice[int]
     seed: Choice[int]
     memory: MemoryEstimate

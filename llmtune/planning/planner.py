@@ -130,6 +130,7 @@ def _assemble(request: PlanRequest, way: _Way) -> Plan:
         save_every_steps=schedule.every(request, "save.every_steps", "saves_per_epoch", per_epoch, updates.value),
         keep_checkpoints=request.setting("save.keep", "newest ones to fall back on, besides the best"),
         patience=schedule.patience(request),
+        threads=batching.threads(request),
         num_workers=asked_or(
             config.train.num_workers,
             "train.num_workers",
