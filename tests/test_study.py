@@ -31,7 +31,7 @@ SHORT = {
     "evaluate.every_steps": 1,
     "save.every_steps": 1,
 }
-PRESET = {"train.learning_rate": 3e-3, "train.weight_decay": 0.0, "adapter.rank": 16, "adapter.dropout": 0.0}
+PRESET = {"train.learning_rate": 1e-3, "train.weight_decay": 0.0, "adapter.rank": 16, "adapter.dropout": 0.0}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,7 +74,7 @@ def stored(study_dir):
 def test_default_space_surrounds_the_preset():
     space = {d.key: d for d in default_space(PRESET, full=False, fixed=[])}
     assert set(space) == set(PRESET)
-    assert (space["train.learning_rate"].low, space["train.learning_rate"].high) == pytest.approx((6e-4, 1.5e-2))
+    assert (space["train.learning_rate"].low, space["train.learning_rate"].high) == pytest.approx((2e-4, 5e-3))
     assert space["train.learning_rate"].log
     assert space["adapter.rank"].choices == (4, 8, 16, 32, 64)
     assert all(space[key].contains(value) for key, value in PRESET.items())
@@ -325,10 +325,10 @@ def test_best_yaml_trains_to_the_same_value(finished, tmp_path):
 
 @pytest.mark.slow
 def test_a_preset_outside_the_space_is_still_trial_0(data, tmp_path):
-    space = {"learning_rate": {"low": 1e-4, "high": 1e-3, "log": True}, "rank": {"choices": [2, 4]}}
+    space = {"learning_rate": {"low": 1e-4, "high": 5e-4, "log": True}, "rank": {"choices": [2, 4]}}
     result = Study(data, trials=2, space=space, output=tmp_path / "s", **SHORT).run()
-    assert result.default.params == {"train.learning_rate": 3e-3, "adapter.rank": 16}
-    assert 1e-4 <= result.trials[1].params["train.learning_rate"] <= 1e-3
+    assert result.default.params == {"train.learning_rate": 1e-3, "adapter.rank": 16}
+    assert 1e-4 <= result.trials[1].params["train.learning_rate"] <= 5e-4
     assert result.trials[1].params["adapter.rank"] in (2, 4)
 
 
