@@ -28,7 +28,7 @@ def test_a_family_trains_one_epoch_with_its_preset(
     result = tuner.train()
     plan = RunDirectory.open(result.run_dir).latest_plan()
     assert plan is not None
-    assert plan["choices"]["rank"]["reason"].startswith(f"{PRESETS[family]} preset, quality, small data: ")
+    assert plan["choices"]["schedule"]["reason"].startswith(f"{PRESETS[family]} preset, quality, small data: ")
     assert [step["step"] for step in events(result.run_dir, "step")] == [1, 2, 3]
     assert result.metrics["eval_loss"] < result.metrics["base_eval_loss"]
     assert tuner.evaluate().loss == pytest.approx(result.metrics["eval_loss"], rel=2e-3)
