@@ -8,13 +8,12 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from factories import DIRECTORY_NAMES, save_family_model
 
 from llmtune.hardware import yield_cores
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
 yield_cores()  # before torch is imported: tests start processes that share the cores
-
-from factories import DIRECTORY_NAMES, save_family_model
 
 
 @pytest.fixture(scope="session")
