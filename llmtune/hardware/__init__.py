@@ -8,6 +8,7 @@ from llmtune.hardware.device import DeviceChoice, choose_device
 from llmtune.hardware.doctor import Diagnosis, Problem, diagnose
 from llmtune.hardware.facts import Accelerator, Cpu, Hardware
 from llmtune.hardware.probes import Usable
+from llmtune.hardware.processes import follow_parent
 from llmtune.hardware.threads import yield_cores
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "choose_device",
     "detect",
     "diagnose",
+    "follow_parent",
     "launch_shortfall",
     "yield_cores",
 ]

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from llmtune.hardware import follow_parent
+
 T = TypeVar("T")
-PR_SET_PDEATHSIG = 1  # Linux prctl(2): the signal a process gets when its parent dies
 
 
 class Ranks:
@@ -78,9 +76,3 @@ class Ranks:
         broadcast_object_list(box, from_process=0)
         result: T = box[0]
         return result
-
-
-def follow_parent() -> None:
-    """Ask the kernel to end this process when its launcher dies, so that no rank trains on unnoticed."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
