@@ -24,7 +24,10 @@ VALUES = {
     "data.format": "chat",
     "data.columns": {"prompt": "q"},
     "data.max_length": 512,
+    "data.sources": [{"path": "a.jsonl", "weight": 2.0, "format": "chat", "columns": {"messages": "turns"}}],
     "data.too_long": "drop",
+    "data.supervise": "last",
+    "data.duplicates": "drop_near",
     "data.on_bad_row": "skip",
     "data.eval_fraction": 0.2,
     "data.chat_template": "t.jinja",
@@ -42,6 +45,7 @@ VALUES = {
     "train.micro_batch_size": 4,
     "train.token_budget": 2048,
     "train.precision": "bf16",
+    "train.packing": True,
     "train.activation_checkpointing": True,
     "train.device": "cpu",
     "train.num_workers": 2,
@@ -76,6 +80,8 @@ SHORT = {key: leaf if LEAVES.count(leaf := key.split(".")[1]) == 1 else key for 
 def value_of(config: RunConfig, key: str):
     group, leaf = key.split(".")
     value = getattr(getattr(config, group), leaf)
+    if key == "data.sources":
+        return [source.model_dump() for source in value]
     return value.get_secret_value() if key == "model.token" else list(value) if isinstance(value, tuple) else value
 
 
@@ -329,10 +335,20 @@ def test_the_token_is_never_shown():
         assert "12345" not in message
 
 
+def test_mistakes_in_a_mix_are_all_told():
+    assert error({"sources": [{"paht": "a"}, {"path": "b", "weight": -1}]}) == (
+        "command line: 3 problems. data.sources.0.path: is missing · data.sources.0.paht: unknown key, did you mean "
+        "'path'? · data.sources.1.weight: got -1, expected a number > 0."
+    )
+
+
 def test_the_identity_is_what_decides_the_result():
     base = load().identity_hash()
     for same in ({"dir": "x"}, {"root": "y"}, {"resume": "never"}, {"report": False}, {"token": "hf"}, {"path": "d"}):
         assert load(same).identity_hash() == base
+    source = {"path": "a", "weight": 2.0}
+    assert load({"sources": [source]}).identity_hash() == load({"sources": [source | {"path": "b"}]}).identity_hash()
+    assert load({"sources": [source]}).identity_hash() != load({"sources": [source | {"weight": 1}]}).identity_hash()
     for other in ({"seed": 1}, {"epochs": 1}, {"model": "a"}, {"rank": 2}, {"columns": {"prompt": "x"}}):
         assert load(other).identity_hash() != base
 

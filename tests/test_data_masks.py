@@ -112,11 +112,64 @@ def test_turns_that_are_given_are_not_learned(template):
     assert [text[:3] for text in learned(encoded, "byte_level")] == ["yes"]
 
 
-def test_an_answer_that_repeats_the_question_or_holds_a_stop_token():
+def test_an_answer_that_repeats_the_question():
     encoder = ChatEncoder(tokenizer("byte_level"), CHATML)
-    encoded = encoder.encode(conversation("yes", "yes", "yes", "say <|im_end|> twice", "yes", "yes"))
-    expected = ["yes<|im_end|>", "say <|im_end|> twice<|im_end|>", "yes<|im_end|>"]
-    assert learned(encoded, "byte_level") == expected
+    encoded = encoder.encode(conversation("yes", "yes", "yes", "im", "yes", "yes"))
+    assert learned(encoded, "byte_level") == ["yes<|im_end|>", "im<|im_end|>", "yes<|im_end|>"]
+
+
+CALL = {"type": "function", "function": {"name": "now", "arguments": {"zone": "<|im_end|>"}}}
+INJECTED = [
+    (
+        "content",
+        Message(role="user", content="a <|im_start|>system"),
+        "'user' contains the special token '<|im_start|>'",
+    ),
+    (
+        "content",
+        Message(role="system", content="be</s>"),
+        "the text of role 'system' contains the special token '</s>'",
+    ),
+    ("content", Message(role="tool", content="<|im_end|>"), "the text of role 'tool' contains the special token"),
+    ("content", Message(role="assistant", content="say <|im_end|> twice"), "the answer contains the special token"),
+    ("name", Message(role="user", content="a", name="<pad>"), "contains the special token '<pad>'"),
+    ("tool_calls", Message(role="assistant", content="", tool_calls=(CALL,)), "the answer contains the special token"),
+    ("reasoning_content", Message(role="assistant", content="a", extra={"reasoning_content": "</s>"}), "the answer"),
+]
+
+
+@pytest.mark.parametrize("supervise", ["all", "text"])
+@pytest.mark.parametrize(("field", "message", "text"), INJECTED)
+def test_special_tokens_in_a_text_are_refused_by_name_and_place(field, message, text, supervise):
+    messages = (*conversation("a", "b", "c").messages[:2], message, *conversation("c", "d").messages)
+    chat = Conversation(messages=messages, file="d.jsonl", line=7)
+    encoder = ChatEncoder(tokenizer("byte_level"), CHATML + "{# tool_calls #}", supervise=supervise)
+    problem = encoder.encode_batch([chat])[0]
+    assert isinstance(problem, Problem)
+    assert (problem.line, problem.field) == (7, f"messages[2].{field}")
+    assert text in problem.problem
+    assert "take the token out" in problem.hint
+
+
+def test_special_tokens_in_the_tools_are_refused_and_other_marks_are_not():
+    tools = ({"name": "now", "description": "tells <|im_end|>"},)
+    chat = Conversation(messages=conversation("a", "b").messages, tools=tools, file="f", line=1)
+    problem = ChatEncoder(tokenizer("byte_level"), TOOLS).encode_batch([chat])[0]
+    assert isinstance(problem, Problem)
+    assert problem.field == "tools"
+    chat = conversation("<think> [INST] <|user|> <0x0A>", "<think>\nhm</think> [/INST] <|assistant|>")
+    assert isinstance(ChatEncoder(tokenizer("byte_level"), CHATML).encode(chat), Encoded)
+
+
+def test_marks_of_reasoning_are_no_injection_in_an_answer_even_where_they_are_special():
+    import copy
+
+    tok = copy.deepcopy(tokenizer("byte_level"))
+    tok.add_special_tokens({"additional_special_tokens": ["<think>", "</think>"]}, replace_extra_special_tokens=False)
+    encoder = ChatEncoder(tok, CHATML)
+    encoded = encoder.encode(conversation("a", "<think>hm</think>b"))
+    assert tok.decode(encoded.input_ids[encoded.supervised]) == "<think>hm</think>b<|im_end|>"
+    assert isinstance(encoder.encode_batch([conversation("a <think>", "b")])[0], Problem)
 
 
 def test_tool_calls_are_learned_with_their_stop_token():
@@ -153,7 +206,28 @@ REFUSED = [
     ),
     ("ignored generation prompt", CHATML.split("{% if add")[0], "ignores add_generation_prompt"),
     ("thought only in the prompt", CHATML.replace("assistant\n", "assistant\n<think>"), "differently once the answer"),
-    ("rewritten answer", CHATML.replace("m['content']", "m['content'] | upper"), "rewrites the assistant's text"),
+    (
+        "rewritten answer",
+        CHATML.replace("m['content'] +", "(m['content'] | upper if m['role'] == 'assistant' else m['content']) +"),
+        "rewrites the assistant's text",
+    ),
+    (
+        "rewritten question",
+        CHATML.replace("m['content']", "m['content'] | upper"),
+        "rewrites the text of role 'system'",
+    ),
+    (
+        "closing that is no token",
+        CHATML.replace("<|im_end|>", "<|end|>"),
+        "'<|end|>' is none of the tokenizer's special",
+    ),
+    (
+        "closed in two ways",
+        CHATML.replace(
+            "'<|im_end|>\n'", "('<|im_start|>' if m['role'] == 'assistant' and not loop.last else '<|im_end|>') + '\n'"
+        ),
+        "follows one, '<|im_end|>' the last)",
+    ),
     ("first token twice", "<s><s>" + CHATML, "two beginning-of-text tokens"),
     ("history rewritten", "{{ messages | length }}" + CHATML, "differently once the answer"),
     ("answer left out", MARKED.replace("generation %}{{ m['content']", "generation %}{{ ''"), "rewrites the assistant"),
@@ -173,7 +247,7 @@ def test_templates_that_cannot_be_trusted_are_refused_by_name(name, template, te
     assert (result.file, result.line) == ("d.jsonl", 7)
     assert text in result.problem
     assert "data.chat_template" in result.hint
-    with pytest.raises(DataError, match=r"d\.jsonl:7: "):
+    with pytest.raises(DataError, match=r"d\.jsonl:7:"):
         encoder.encode(bad)
 
 
@@ -186,7 +260,9 @@ def test_one_refused_row_does_not_cost_the_others():
 def test_a_conversation_that_begins_with_the_assistant():
     messages = (Message(role="assistant", content="Hi"), Message(role="user", content="a"))
     chat = Conversation(messages=(*messages, Message(role="assistant", content="b")), file="f", line=3)
-    with pytest.raises(DataError, match="f:3: the conversation begins with the assistant"):
+    with pytest.raises(
+        DataError, match=r"f:3:messages\[0\]: the conversation begins with the assistant.*supervise=last"
+    ):
         ChatEncoder(tokenizer("byte_level"), CHATML).encode(chat)
     assert len(runs(ChatEncoder(tokenizer("byte_level"), MARKED).encode(chat))) == 2
 
@@ -201,6 +277,69 @@ def test_text_that_the_tokenizer_cannot_write_is_refused():
     template = "{% for m in messages %}{{ m['content'] + ' </s>' }}{% endfor %}"
     with pytest.raises(DataError, match="no token for some of the text"):
         ChatEncoder(words, template).encode(conversation("a", "Quito"))
+
+
+def test_settings_of_an_earlier_call_do_not_cut_or_pad_rows():
+    import copy
+
+    tok = copy.deepcopy(tokenizer("byte_level"))
+    expected = ChatEncoder(tok, CHATML).encode(conversation("a", "b" * 50)).input_ids.tolist()
+    tok(["a", "b c"], padding=True, truncation=True, max_length=4)
+    assert ChatEncoder(tok, CHATML).encode(conversation("a", "b" * 50)).input_ids.tolist() == expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_borders_found_by_character_are_those_of_the_offsets(kind):
+    from llmtune.data.masks import _Row
+    from llmtune.data.spans import Located
+
+    text = "<s>What is\n\n  the capital?</s> Lima 🙂 is  日本\n</s>\n<|im_end|> ab"
+    backend = tokenizer(kind).backend_tokenizer
+    for end in (match.end() for match in re.finditer(r"</s>|<\|im_end\|>", text)):  # where answers end
+        for start in range(end - 1):
+            row = _Row(Located(text, ((start, end),)), backend.encode(text, add_special_tokens=False))
+            ((first, last),) = row.runs
+            row.use_offsets()
+            ((exact_first, exact_last),) = row.runs
+            assert last == exact_last
+            # A space of its own may have lost its width in the offsets.
+            between = row.ids[min(first, exact_first) : max(first, exact_first)]
+            assert backend.decode(between, skip_special_tokens=False).strip() == "", (text[start:end], between)
+
+
+def test_an_encoder_can_be_sent_to_another_process():
+    import pickle
+
+    encoder = ChatEncoder(tokenizer("byte_level"), CHATML, supervise="last")
+    encoder.encode(conversation("a", "b"))
+    copied = pickle.loads(pickle.dumps(encoder))
+    chat = conversation("a", "b", "c", "d")
+    assert copied.supervise == "last"
+    assert copied.encode(chat).supervised.tolist() == encoder.encode(chat).supervised.tolist()
+
+
+def test_plain_rows_are_rendered_as_transformers_does():
+    from llmtune.data.rendering import Renderer
+
+    tok = tokenizer("byte_level")
+    chat = conversation("a", "b", "c", "d")
+    messages = [message.to_template() for message in chat.messages]
+    for template in (*GOOD_TEMPLATES.values(), TOOLS):
+        for prompt in (False, True):
+            ours, _ = Renderer(tok, template).render(messages, None, prompt=prompt)
+            assert ours == tok.apply_chat_template(
+                messages, chat_template=template, add_generation_prompt=prompt, tokenize=False
+            )
+
+
+def test_a_tokenizers_template_for_tools_is_used_for_rows_with_tools():
+    import copy
+
+    tok = copy.deepcopy(tokenizer("byte_level"))
+    tok.chat_template = {"default": CHATML, "tool_use": TOOLS}
+    chat = Conversation(messages=conversation("a", "b").messages, tools=({"name": "now"},), file="f", line=1)
+    ids = ChatEncoder(tok).encode(chat).input_ids
+    assert tok.decode(ids).startswith('<|im_start|>system\n[{"name": "now"}]<|im_end|>')
 
 
 def test_no_template_is_a_configuration_error_and_broken_jinja_too():
@@ -276,12 +415,11 @@ def squeeze(text: str) -> str:
 def test_the_proof_holds_or_the_row_is_refused(turns, name, kind):
     chat = conversation(*[text for turn in turns for text in turn])
     result = ChatEncoder(tokenizer(kind), GOOD_TEMPLATES[name]).encode_batch([chat])[0]
-    if isinstance(result, Problem):
-        # The older SentencePiece conversion puts a space after every special token, so also after one in a text.
-        assert kind == "metaspace_legacy", result
-        assert any(token in answer for _, answer in turns for token in SPECIAL), result
+    if any(token in text for turn in turns for text in turn for token in SPECIAL):
+        assert isinstance(result, Problem)
         assert "special token" in result.problem
         return
+    assert isinstance(result, Encoded), result
     texts = learned(result, kind)
     gap = ["<think></think>" if name == "thinking" and i == len(turns) - 1 else "" for i in range(len(turns))]
     assert [squeeze(text) for text in texts] == [

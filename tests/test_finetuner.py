@@ -108,7 +108,7 @@ def test_a_run_on_rows_in_memory_needs_them_again(family_model: Model, tmp_path:
     result = tune(family_model("llama"), tmp_path / "run")
     with pytest.raises(ConfigError, match="rows in memory"):
         TunedRun.open(result.run_dir).evaluate()
-    with pytest.raises(DataError, match="no data was given"):
+    with pytest.raises(ConfigError, match="no data was given"):
         FineTuner.resume(result.run_dir)
 
 

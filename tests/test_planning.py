@@ -16,6 +16,7 @@ from llmtune.errors import ConfigError, DataError, PlanError
 from llmtune.hardware import Accelerator, Cpu, Hardware, choose_device
 from llmtune.models import LinearModule, ModelSpec, spec_from_entry
 from llmtune.planning import Choice, Footprint, Plan, PlanRequest, choose_model, make_plan, predict_memory, variants
+from llmtune.planning.batching import PACKABLE
 from llmtune.planning.memory import INTERPRETER_BYTES
 from llmtune.presets import GOALS, METHODS, SCHEDULES, Preset, catalogue, find_entry
 from llmtune.units import GIB
@@ -152,6 +153,7 @@ ASKED = {
     "global_batch_size": (24, "global_batch_size"),
     "micro_batch_size": (3, "micro_batch_size"),
     "token_budget": (5000, "token_budget"),
+    "packing": (True, "packing"),
     "precision": ("fp32", "precision"),
     "activation_checkpointing": (True, "activation_checkpointing"),
     "num_workers": (2, "num_workers"),
@@ -214,10 +216,14 @@ def test_full_fine_tuning_says_that_there_is_no_adapter():
 # ------------------------------------------------------------------ what cannot be
 
 
-def problems(**kwargs) -> tuple[str, ...]:
+def caught_problems(request: PlanRequest) -> tuple[str, ...]:
     with pytest.raises(ConfigError) as caught:
-        planned(**kwargs)
+        make_plan(request)
     return caught.value.problems
+
+
+def problems(**kwargs) -> tuple[str, ...]:
+    return caught_problems(request_for(**kwargs))
 
 
 def test_all_contradictions_at_once():
@@ -439,6 +445,60 @@ def test_a_row_above_the_budget_goes_alone_and_is_counted():
     plan = planned(hardware=machine(ram=64), data=stats(longest=2000))
     assert plan.token_budget.value == 2000
     assert "more tokens than the usual 1,024" in plan.token_budget.reason
+
+
+def test_without_a_micro_batch_size_the_budget_alone_limits_a_pass():
+    plan = planned(hardware=machine(), global_batch_size=64)
+    assert (plan.micro_batch_size.value, plan.micro_batch_size.source) == (64, "derived")
+    assert "as far as 1,024 tokens hold them" in plan.micro_batch_size.reason
+    assert plan.accumulation.value == math.ceil(64 * 120 / 1024)
+
+
+def test_widths_and_passes_suit_the_device():
+    cpu, gpu_ = planned(hardware=machine()), planned()
+    assert (cpu.pad_multiple.value, gpu_.pad_multiple.value) == (8, 8)
+    assert "compiled anew" in cpu.pad_multiple.reason
+    assert "tensor cores" in gpu_.pad_multiple.reason
+    assert cpu.pass_overhead_tokens.value == 64
+    assert gpu_.pass_overhead_tokens.value is None
+
+
+def test_a_plan_from_before_packing_goes_on_as_it_began():
+    document = planned().to_json()
+    for name in ("packing", "pad_multiple", "pass_overhead_tokens"):
+        del document["choices"][name]
+    plan = Plan.from_json(document)
+    assert (plan.packing.value, plan.pad_multiple.value, plan.pass_overhead_tokens.value) == (False, 8, None)
+
+
+@pytest.mark.parametrize("hardware", [machine(), H200], ids=["cpu", "gpu"])
+def test_packing_is_off_unless_asked_for_and_its_mask_is_counted(hardware):
+    padded = planned(hardware=hardware, token_budget=1024)
+    assert (padded.packing.value, padded.packing.source) == (False, "derived")
+    assert "mask" in padded.packing.reason
+    packed = planned(hardware=hardware, token_budget=1024, packing=True)
+    assert_sound(packed)
+    layers = spec_from_entry(find_entry("TinyLlama/TinyLlama-1.1B-Chat-v1.0")).shape.layers
+    # One boolean mask and one in bf16 for every layer whose activations are kept.
+    kept = 1 if packed.activation_checkpointing.value else layers
+    assert packed.memory.terms["packing masks"] == 1024**2 * (1 + 2 * kept)
+    assert "packing masks" not in padded.memory.terms
+    assert packed.time.step_seconds > padded.time.step_seconds
+
+
+def test_packing_is_refused_where_it_is_not_proven():
+    request = request_for(packing=True)
+    (problem,) = caught_problems(replace(request, spec=replace(request.spec, model_type="mamba")))
+    assert problem.startswith("train.packing: got true, but ")
+    assert "is of type 'mamba'" in problem
+    (problem,) = problems(packing=True, trust_remote_code=True)
+    assert "its repository's own code" in problem
+    unpacked = request_for(packing=False)
+    assert make_plan(replace(unpacked, spec=replace(unpacked.spec, model_type="mamba"))).packing.value is False
+
+
+def test_every_catalogued_model_can_be_packed():
+    assert {entry.model_type for entry in catalogue()} <= PACKABLE
 
 
 def test_max_length_above_the_longest_row_takes_no_memory():

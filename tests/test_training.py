@@ -36,7 +36,7 @@ def test_how_an_update_is_cut_changes_nothing(family_model: Model, tmp_path: Pat
         drift = max(float((first[k] - v).abs().max()) for k, v in weights(tmp_path / str(number)).items())
         assert drift < 1e-5
     passes = [events(tmp_path / str(n), "step")[0]["micro_batch_size"] for n in range(2)]
-    assert passes == [1, 8]
+    assert passes[0] == 1 < passes[1] <= 8
 
 
 def test_the_trajectory_is_that_of_a_plain_loop(family_model: Model, tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_the_trajectory_is_that_of_a_plain_loop(family_model: Model, tmp_path: P
     optimizer = torch.optim.AdamW(groups, lr=1e-3)
     expected = []
     updates = [
-        order[i : i + 8] for epoch in range(2) for order in [epoch_order(len(data), 42, epoch)] for i in (0, 8, 16)
+        order[i : i + 8] for epoch in range(2) for order in [epoch_order(data.parts, 42, epoch)] for i in (0, 8, 16)
     ]
     for rows in updates[: result.steps]:
         total, count = torch.zeros(()), 0

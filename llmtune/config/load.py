@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import SecretStr, ValidationError
 
 from llmtune.config.keys import is_text, resolve_key, settable_keys
-from llmtune.config.schema import RunConfig
-from llmtune.errors import ConfigError
+from llmtune.config.schema import RunConfig, SourceConfig
+from llmtune.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -169,6 +169,10 @@ def _error(problems: Sequence[tuple[str, str]]) -> ConfigError:
 def _sentence(item: ErrorDetails) -> str:
     key = ".".join(str(part) for part in item["loc"])
     value = item["input"]
+    if item["type"] == "missing":
+        return f"{key}: is missing"
+    if item["type"] == "extra_forbidden":  # below a list; other keys were resolved before
+        return f"{key}: unknown key{did_you_mean(str(item['loc'][-1]), SourceConfig.model_fields)}"
     shown = "a secret" if key.startswith(SECRET) or isinstance(value, SecretStr) else repr(value)
     return f"{key}: got {shown}, expected {_expectation(item)}"
 

@@ -15,6 +15,9 @@ from pydantic_core import PydanticCustomError
 
 Goal = Literal["highspeed", "quality", "bestaccuracy"]
 Method = Literal["lora", "qlora", "full"]
+TooLong = Literal["refuse", "drop", "left", "turns"]
+Supervise = Literal["all", "last", "completion", "text"]
+Duplicates = Literal["keep", "drop_exact", "drop_near"]
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -69,15 +72,29 @@ class ModelConfig(Group):
     trust_remote_code: bool = Field(False, description="let the model repository run its own Python code")
 
 
+class SourceConfig(Group):
+    """One part of a mix of data."""
+
+    path: str = Field(min_length=1, description="file, directory or glob")
+    weight: Annotated[float, Field(gt=0)] = Field(1.0, description="how often each of its rows is seen in one epoch")
+    format: str | None = Field(None, description="as data.format, for this part alone")
+    columns: dict[str, str] = Field(default_factory=dict, description="as data.columns, for this part alone")
+
+
 class DataConfig(Group):
     """What to learn from."""
 
     path: str | None = Field(None, description="training data: file, directory or glob")
+    sources: tuple[SourceConfig, ...] = Field((), description="a mix instead of path: a list of path and weight")
     eval_path: str | None = Field(None, description="evaluation data; without it a share of the rows is held out")
     format: str | None = Field(None, description="chat, sharegpt, alpaca, prompt_completion, question_answer, text")
     columns: dict[str, str] = Field(default_factory=dict, description="field of the format -> column of the data")
     max_length: Annotated[int, Field(ge=16)] | None = Field(None, description="longest row in tokens")
-    too_long: Literal["refuse", "drop"] = Field("refuse", description="rows longer than max_length")
+    too_long: TooLong = Field(
+        "refuse", description="rows longer than max_length: refuse, drop, cut left or whole turns"
+    )
+    supervise: Supervise = Field("all", description="what is learned: all answers, the last, the completion, all text")
+    duplicates: Duplicates = Field("keep", description="rows that repeat another: keep, drop_exact or drop_near")
     on_bad_row: Literal["error", "skip"] = Field("error", description="rows that cannot be read or trained on")
     eval_fraction: Share | None = Field(None, description="share of rows held out when eval_path is not given")
     chat_template: str | None = Field(None, description="Jinja file that replaces the tokenizer's chat template")
@@ -100,6 +117,7 @@ class TrainConfig(Group):
     micro_batch_size: Positive | None = Field(None, description="most examples per forward pass on one device")
     token_budget: Positive | None = Field(None, description="most padded tokens per forward pass on one device")
     precision: Literal["bf16", "fp16", "fp32"] | None = Field(None, description="arithmetic of the base model")
+    packing: bool | None = Field(None, description="lay rows end to end in one sequence instead of padding them")
     activation_checkpointing: bool | None = Field(None, description="recompute activations to save memory")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps or xpu")
     num_workers: Annotated[int, Field(ge=0)] | None = Field(None, description="data loader processes")
@@ -190,4 +208,6 @@ class RunConfig(Group):
             del document[group]
         for key in ("path", "eval_path"):
             del document["data"][key]
+        for source in document["data"]["sources"]:
+            del source["path"]  # what is in the files decides, see the fingerprint of the data
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

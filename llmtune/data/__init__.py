@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from llmtune.data.batches import collate, epoch_order, micro_batches, padded, shard_rows
-from llmtune.data.check import DataReport, check, write_fixed
-from llmtune.data.encode import encode, estimate_stats
+from llmtune.data.advice import Advice, advise
+from llmtune.data.batches import Part, collate, epoch_order, epoch_rows
+from llmtune.data.check import DataReport, check
+from llmtune.data.duplicates import Duplicates, Groups, Leakage, contamination, duplicate_groups
+from llmtune.data.encode import encode
 from llmtune.data.encoded import EncodedDataset
+from llmtune.data.estimate import estimate_stats
+from llmtune.data.fix import write_fixed
 from llmtune.data.formats import FORMAT_NAMES, FORMATS, Format
 from llmtune.data.masks import ChatEncoder, Encoded
+from llmtune.data.packing import collate_packed, pack_rows
+from llmtune.data.partition import micro_batches, padded, shard_rows
+from llmtune.data.preview import preview
 from llmtune.data.reading import Reading, read
 from llmtune.data.records import (
     Conversation,
@@ -21,33 +28,48 @@ from llmtune.data.records import (
 )
 from llmtune.data.source import Source, resolve
 from llmtune.data.split import split
+from llmtune.data.supervision import Supervision, require_supervised
 
 __all__ = [
     "FORMATS",
     "FORMAT_NAMES",
+    "Advice",
     "ChatEncoder",
     "Conversation",
     "DataReport",
     "DataStats",
     "Document",
+    "Duplicates",
     "Encoded",
     "EncodedDataset",
     "Format",
+    "Groups",
+    "Leakage",
     "Message",
+    "Part",
     "PreferencePair",
     "Problem",
     "Reading",
     "Record",
     "Source",
     "SourceRow",
+    "Supervision",
+    "advise",
     "check",
     "collate",
+    "collate_packed",
+    "contamination",
+    "duplicate_groups",
     "encode",
     "epoch_order",
+    "epoch_rows",
     "estimate_stats",
     "micro_batches",
+    "pack_rows",
     "padded",
+    "preview",
     "read",
+    "require_supervised",
     "resolve",
     "shard_rows",
     "split",

@@ -1,96 +1,83 @@
-"""Which rows go together: epochs, ranks, micro-batches, tensors. Pure functions; no global random state."""
+"""Which rows an epoch holds and in which order, and rows as padded tensors. No global random state."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llmtune.data.masks import Encoded
+from llmtune.data.packing import IGNORED
+from llmtune.data.partition import padded
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-PAD_MULTIPLE = 8  # widths of tensors; matrix units of CPUs and GPUs work on blocks of eight 2-byte values
-IGNORED = -100  # the label that cross-entropy in torch and transformers leaves out
+# Second word of the generator's key: epochs count from 0, parts from here, so that no part shares an epoch's numbers.
+_FIRST_PART = 1 << 62
 
 
-def epoch_order(num_rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The order of rows in one epoch: a permutation that depends on ``seed`` and ``epoch`` alone."""
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(num_rows)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One part of a mix: its rows lie together in the data set; each is seen ``weight`` times in an epoch."""
+
+    num_rows: int
+    weight: float = 1.0
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows this part gives to every epoch: ``weight x num_rows``, rounded, and at least one if it has any."""
+        return max(min(1, self.num_rows), int(self.weight * self.num_rows + 0.5))
 
 
-def shard_rows(rows: Sequence[int], lengths: NDArray[np.int32], world_size: int) -> list[list[int]]:
-    """The rows of one update dealt to ``world_size`` ranks: counts differ by at most one, tokens are balanced.
-
-    Args:
-        rows: Row numbers of one update.
-        lengths: Tokens of every row of the data set, int32 [rows of the data set].
-        world_size: Number of ranks.
-    """
-    shards: list[list[int]] = [[] for _ in range(world_size)]
-    tokens = [0] * world_size
-    most, extra = divmod(len(rows), world_size)
-    full = 0  # ranks that already hold one row more than the others may
-    for row in sorted(rows, key=lambda row: (-int(lengths[row]), row)):
-        open_ranks = [
-            rank
-            for rank in range(world_size)
-            if len(shards[rank]) < most or (len(shards[rank]) == most and full < extra)
-        ]
-        rank = min(open_ranks, key=lambda rank: (tokens[rank], len(shards[rank]), rank))
-        shards[rank].append(row)
-        tokens[rank] += int(lengths[row])
-        full += len(shards[rank]) == most + 1
-    return shards
+def epoch_rows(parts: Sequence[Part]) -> int:
+    """Rows of one epoch over a mix; the same for every epoch."""
+    return sum(part.rows_per_epoch for part in parts)
 
 
-def micro_batches(
-    lengths: NDArray[np.int32], rows: Sequence[int], *, token_budget: int, max_rows: int | None = None
-) -> list[list[int]]:
-    """The rows of one update, cut into micro-batches of similar length.
+def epoch_order(parts: Sequence[Part], seed: int, epoch: int) -> NDArray[np.int64]:
+    """The row numbers of one epoch in order: a function of ``parts``, ``seed`` and ``epoch`` alone.
 
-    Each micro-batch keeps rows x width <= ``token_budget``, its longest row padded as `collate` does, and at most
-    ``max_rows`` rows; a row longer than the budget stands alone. Longest first, so that memory peaks at the first
-    micro-batch of an update.
+    Each part gives all its rows as often as its weight is whole. The rest of the weight is a stretch of a shuffled
+    circle of its rows, continued by the next epoch, so that over the epochs all rows of a part are seen equally often
+    (their counts differ by at most one). A single part of weight 1 is a permutation of its rows.
 
     Args:
-        lengths: Tokens of every row of the data set, int32 [rows of the data set].
-        rows: Row numbers of this update on this rank.
-        token_budget: Most padded tokens of a micro-batch.
-        max_rows: Most rows of a micro-batch.
+        parts: The mix, in the order of the data set's rows.
+        seed: Seed of the run.
+        epoch: Counted from 0.
+
+    Returns:
+        int64 [rows per epoch].
     """
-    batches: list[list[int]] = []
-    for row in sorted(rows, key=lambda row: (-int(lengths[row]), row)):
-        current = batches[-1] if batches else None
-        # Sorted downwards, so the first row of a batch is its longest.
-        if (
-            current is not None
-            and (len(current) + 1) * padded(int(lengths[current[0]])) <= token_budget
-            and (max_rows is None or len(current) < max_rows)
-        ):
-            current.append(row)
-        else:
-            batches.append([row])
-    return batches
+    chosen, first = [np.zeros(0, np.int64)], 0
+    for number, part in enumerate(parts):
+        passes, rest = divmod(part.rows_per_epoch, max(1, part.num_rows))
+        chosen += [np.arange(first, first + part.num_rows)] * passes
+        if rest:
+            circle = _shuffled(part.num_rows, seed, _FIRST_PART + number)
+            chosen.append(first + circle[(epoch * rest + np.arange(rest)) % part.num_rows])
+        first += part.num_rows
+    rows = np.concatenate(chosen)
+    return rows[_shuffled(len(rows), seed, epoch)]
 
 
-def padded(length: int) -> int:
-    """The width that a row of this length is padded to at least."""
-    return max(1, -(-length // PAD_MULTIPLE)) * PAD_MULTIPLE
+def _shuffled(count: int, seed: int, stream: int) -> NDArray[np.int64]:
+    return np.random.Generator(np.random.Philox(key=[seed, stream])).permutation(count)
 
 
-def collate(encoded: Sequence[Encoded], pad_token_id: int) -> dict[str, Tensor]:
-    """One micro-batch as tensors, padded on the right to a multiple of ``PAD_MULTIPLE``.
+def collate(encoded: Sequence[Encoded], pad_token_id: int, *, pad_multiple: int = 1) -> dict[str, Tensor]:
+    """One micro-batch as tensors, padded on the right to a multiple of ``pad_multiple``.
 
     Returns:
         ``input_ids``, ``attention_mask``, ``labels``: int64 [batch, seq]; labels are -100 where nothing is learned.
     """
     import torch
 
-    width = padded(max(len(row.input_ids) for row in encoded))
+    width = padded(max(len(row.input_ids) for row in encoded), pad_multiple)
     input_ids = np.full((len(encoded), width), pad_token_id, dtype=np.int64)
     attention_mask = np.zeros((len(encoded), width), dtype=np.int64)
     labels = np.full((len(encoded), width), IGNORED, dtype=np.int64)

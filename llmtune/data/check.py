@@ -2,72 +2,56 @@
 
 from __future__ import annotations
 
-import os
-from array import array
-from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, BinaryIO
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Literal
 
 import numpy as np
-import orjson
 
-from llmtune.data.encode import OnBadRow, encode_stream
-from llmtune.data.masks import ChatEncoder, Encoded
-from llmtune.data.reading import Reading, bad_rows_error, read
-from llmtune.data.records import Conversation, Document, Problem, Record, SourceRow, percentile
-from llmtune.data.source import resolve
-from llmtune.errors import ConfigError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Supervision:
-    """What would be learned, counted over all good rows with the model's tokenizer. Lengths in tokens."""
-
-    tokens: int
-    supervised_tokens: int
-    length_p50: int
-    length_p95: int
-    length_max: int
-    stop_token_supervised: bool
-    rows_without_supervision: int
-    rows_too_long: int
-    rows_truncated: int = 0
-
-    def to_json(self) -> dict[str, Any]:
-        """The ``supervision`` object of ``check --json``."""
-        share = self.supervised_tokens / self.tokens if self.tokens else 0.0
-        counted = {name: getattr(self, name) for name in self.__slots__ if name not in ("tokens", "supervised_tokens")}
-        return counted | {"supervised_share": share}
+from llmtune.data.advice import Advice, advise
+from llmtune.data.duplicates import SIGNATURE_BYTES, Duplicates, Leakage, duplicate_groups
+from llmtune.data.reading import Reading, bad_rows_error, readings_of
+from llmtune.data.records import Problem
+from llmtune.data.scan import Scanner, ScanTally, scan
+from llmtune.data.supervision import Supervision
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataReport:
-    """Everything `check` found. ``rows`` counts all rows, ``bad_rows`` those with a problem."""
+    """Everything `check` found. ``rows`` counts all rows, ``bad_rows`` those with a problem.
+
+    ``problems``: the first 10,000 of ``num_problems``, in the order of files and lines. ``supervision`` and ``leakage``
+    are known once the rows were encoded for a model, and compared with evaluation data.
+    """
 
     format: str
     reason: str
     rows: int
     bad_rows: int
     bytes: int
+    num_problems: int
     problems: tuple[Problem, ...]
     statistics: Mapping[str, Any]
+    duplicates: Duplicates
+    advice: tuple[Advice, ...] = ()
     supervision: Supervision | None = None
+    leakage: Leakage | None = None
 
     @property
     def ok(self) -> bool:
         """Whether every row can be used."""
         return not self.problems
 
-    def raise_if_bad(self, on_bad_row: OnBadRow = "error") -> None:
+    def raise_if_bad(self, on_bad_row: Literal["error", "skip"] = "error") -> None:
         """Raise unless the data can be used under this policy.
 
         Raises:
             DataError: There are bad rows and they are not to be skipped, or no row is good.
         """
         if self.problems and (on_bad_row == "error" or self.bad_rows == self.rows):
-            raise bad_rows_error(self.problems, total=len(self.problems), affected=self.bad_rows, rows=self.rows)
+            raise bad_rows_error(self.problems, total=self.num_problems, affected=self.bad_rows, rows=self.rows)
 
     def to_json(self) -> dict[str, Any]:
         """The document of ``check --json`` and of ``data_report.json``."""
@@ -77,13 +61,18 @@ class DataReport:
             "rows": self.rows,
             "bad_rows": self.bad_rows,
             "bytes": self.bytes,
+            "num_problems": self.num_problems,
             "problems": [problem.to_json() for problem in self.problems],
             "statistics": dict(self.statistics),
+            "duplicates": self.duplicates.to_json(),
+            "advice": [each.to_json() for each in self.advice],
         }
         if self.supervision is not None:
             document["tokens"] = self.supervision.tokens
             document["supervised_tokens"] = self.supervision.supervised_tokens
             document["supervision"] = self.supervision.to_json()
+        if self.leakage is not None:
+            document["leakage"] = self.leakage.to_json()
         return document
 
 
@@ -92,214 +81,57 @@ def check(
     *,
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
-    tokenizer: Any = None,
-    template: str | None = None,
-    max_length: int | None = None,
+    near_duplicates: bool = False,
+    processes: int | None = None,
+    progress: Callable[[int], None] | None = None,
 ) -> DataReport:
-    """Read every row and report every problem; with a tokenizer also encode every row and prove its mask.
+    """Read every row and report every problem.
 
     Args:
-        data: Anything `resolve` takes.
+        data: Anything `resolve` takes, a `Reading`, or several `Reading`s: the parts of a mix.
         format: See `read`.
         columns: See `read`.
-        tokenizer: A fast tokenizer of transformers, or None to look at the text alone.
-        template: Jinja text of the chat template; the tokenizer's own when None.
-        max_length: Longest row in tokens, to count longer ones.
+        near_duplicates: Also look for rows that nearly repeat others, which takes several times as long.
+        processes: How many share the work; as many as pay off when None. The report is the same for any number.
+        progress: Called with the number of rows done so far.
 
     Raises:
         DataError: Nothing can be read or recognised at all.
-        ConfigError: An unknown format or field, no chat template.
+        ConfigError: An unknown format or field.
     """
-    reading = read(data, format=format, columns=columns)
-    text = _TextTally()
-    problems: list[Problem] = []
-    tokens = None
-    records = _counted(reading, text, problems)
-    if tokenizer is not None and reading.format.trainable:
-        encoder = ChatEncoder(tokenizer, template)
-        tokens = _TokenTally(stop_ids=encoder.stop_ids)
-        for record, result in encode_stream(records, encoder):
-            if isinstance(record, (Conversation, Document)):
-                if isinstance(result, Encoded):
-                    tokens.add(record, result, max_length)
-                else:
-                    text.bad_rows += 1
-                    problems += result
-    else:
-        for _ in records:
-            pass
-    order = {label: number for number, label in enumerate(reading.source.labels)}
-    problems.sort(key=lambda problem: (order[problem.file], problem.line))
+    readings = readings_of(data, format=format, columns=columns)
+    tally = scan(Scanner(readings=readings, signatures=near_duplicates), processes=processes, progress=progress)
+    return data_report(readings, tally, near_duplicates=near_duplicates)
+
+
+def data_report(readings: Sequence[Reading], tally: ScanTally, *, near_duplicates: bool = False) -> DataReport:
+    """The account of a whole scan."""
+    statistics, duplicates = tally.text.statistics(), _duplicates(readings, tally, near_duplicates)
     return DataReport(
-        format=reading.format.name,
-        reason=reading.reason,
-        rows=text.rows,
-        bad_rows=text.bad_rows,
-        bytes=reading.source.num_bytes,
-        problems=tuple(problems),
-        statistics=text.statistics(),
-        supervision=tokens.supervision() if tokens is not None else None,
+        format=_joined([reading.format.name for reading in readings], " + "),
+        reason=_joined([reading.reason for reading in readings], "; "),
+        rows=tally.rows,
+        bad_rows=tally.bad_rows,
+        bytes=sum(reading.source.num_bytes for reading in readings),
+        num_problems=tally.num_problems,
+        problems=tuple(tally.problems),
+        statistics=statistics,
+        duplicates=duplicates,
+        advice=advise(statistics, duplicates) if tally.rows > tally.bad_rows else (),
     )
 
 
-def _counted(reading: Reading, text: _TextTally, problems: list[Problem]) -> Iterator[Record | list[Problem]]:
-    for item in reading:
-        text.rows += 1
-        if isinstance(item, list):
-            text.bad_rows += 1
-            problems += item
-        else:
-            text.add(item)
-            yield item
+def _joined(texts: Sequence[str], separator: str) -> str:
+    return separator.join(dict.fromkeys(texts))
 
 
-@dataclass(slots=True)
-class _TextTally:
-    """Counts over text; one machine integer per row."""
+def _duplicates(readings: Sequence[Reading], tally: ScanTally, near_duplicates: bool) -> Duplicates:
+    ends = list(accumulate(count for *_, count in tally.chunks))
 
-    rows: int = 0
-    bad_rows: int = 0
-    chars: array[int] = field(default_factory=lambda: array("q"))
-    answer_chars: array[int] = field(default_factory=lambda: array("q"))
-    turns: array[int] = field(default_factory=lambda: array("q"))
-    roles: Counter[str] = field(default_factory=Counter)
-    with_system: int = 0
-    with_tools: int = 0
+    def locate(row: int) -> tuple[str, int]:
+        reading, file, _ = tally.chunks[bisect_right(ends, row)]
+        return readings[reading].source.labels[file], tally.lines[row]
 
-    def add(self, record: Record) -> None:
-        if isinstance(record, Document):
-            self.chars.append(len(record.text))
-            return
-        if isinstance(record, Conversation):
-            messages = record.messages
-            self.with_tools += record.tools is not None or any(message.tool_calls for message in messages)
-        else:
-            messages = (*record.prompt, *record.chosen)
-        self.chars.append(sum(len(message.content) for message in messages))
-        self.answer_chars.append(sum(len(message.content) for message in messages if message.role == "assistant"))
-        self.turns.append(sum(message.role == "assistant" for message in messages))
-        self.roles.update(message.role for message in messages)
-        self.with_system += messages[0].role in ("system", "developer")
-
-    def statistics(self) -> dict[str, Any]:
-        statistics: dict[str, Any] = {"good_rows": self.rows - self.bad_rows, "chars": _spread(self.chars)}
-        if self.turns:
-            statistics |= {
-                "answer_chars": _spread(self.answer_chars),
-                "turns": _spread(self.turns),
-                "roles": dict(sorted(self.roles.items())),
-                "rows_with_system": self.with_system,
-                "rows_with_tools": self.with_tools,
-            }
-        return statistics
-
-
-@dataclass(slots=True, kw_only=True)
-class _TokenTally:
-    """Counts over tokens."""
-
-    stop_ids: frozenset[int]
-    lengths: array[int] = field(default_factory=lambda: array("q"))
-    supervised: int = 0
-    without: int = 0
-    stopped: int = 0
-    too_long: int = 0
-
-    def add(self, record: Conversation | Document, encoded: Encoded, max_length: int | None) -> None:
-        learned = encoded.input_ids[encoded.supervised]
-        self.lengths.append(len(encoded.input_ids))
-        self.supervised += len(learned)
-        self.without += len(learned) == 0
-        self.stopped += len(learned) > 0 and int(learned[-1]) in self.stop_ids
-        self.too_long += max_length is not None and len(encoded.input_ids) > max_length
-
-    def supervision(self) -> Supervision:
-        spread = _spread(self.lengths)
-        return Supervision(
-            tokens=sum(self.lengths),
-            supervised_tokens=self.supervised,
-            length_p50=spread["p50"],
-            length_p95=spread["p95"],
-            length_max=spread["max"],
-            stop_token_supervised=len(self.lengths) > 0 and self.stopped == len(self.lengths),
-            rows_without_supervision=self.without,
-            rows_too_long=self.too_long,
-        )
-
-
-def _spread(values: array[int]) -> dict[str, int]:
-    ordered = np.sort(np.frombuffer(values, dtype=np.int64)) if values else np.zeros(0, np.int64)
-    return {
-        "total": int(ordered.sum()),
-        "p50": percentile(ordered, 0.50),
-        "p95": percentile(ordered, 0.95),
-        "max": int(ordered[-1]) if len(ordered) else 0,
-    }
-
-
-def write_fixed(
-    data: Any,
-    out: str | Path,
-    *,
-    report: DataReport | None = None,
-    format: str | None = None,
-    columns: Mapping[str, str] | None = None,
-) -> tuple[int, int]:
-    """Write the good rows to ``out`` (jsonl) and the others, with the reasons, to ``STEM.quarantine.jsonl`` beside it.
-
-    Args:
-        data: Anything `resolve` takes.
-        out: A new ``.jsonl`` file.
-        report: What `check` said about the same data; checked anew when None.
-        format: See `read`.
-        columns: See `read`.
-
-    Returns:
-        The numbers of good and of quarantined rows.
-
-    Raises:
-        ConfigError: ``out`` is no ``.jsonl`` file, or one of the files that are read.
-    """
-    source = resolve(data)
-    out = Path(out)
-    if out.suffix != ".jsonl" or out.resolve() in {file.resolve() for file in source.files}:
-        raise ConfigError("--fix", [f"got {str(out)!r}, expected the name of a new .jsonl file"])
-    report = report or check(source, format=format, columns=columns)
-    reasons: dict[tuple[str, int], list[Problem]] = {}
-    for problem in report.problems:
-        reasons.setdefault((problem.file, problem.line), []).append(problem)
-    quarantine = out.with_name(f"{out.stem}.quarantine.jsonl")
-    good = bad = 0
-    parts = {path: path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in (out, quarantine)}
-    try:
-        with open(parts[out], "wb") as kept, open(parts[quarantine], "wb") as rejected:
-            for row in source:
-                found = reasons.get((row.file, row.line))
-                if isinstance(row, SourceRow) and found is None:
-                    good += 1
-                    _write_line(kept, row.value)
-                else:
-                    bad += 1
-                    problems = found or ([row] if isinstance(row, Problem) else [])
-                    _write_line(rejected, _quarantined(row, problems))
-        for path, part in parts.items():
-            os.replace(part, path)
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
-    return good, bad
-
-
-def _quarantined(row: SourceRow | Problem, problems: list[Problem]) -> dict[str, Any]:
-    return {
-        "file": row.file,
-        "line": row.line,
-        "problems": [
-            {"field": problem.field, "problem": problem.problem, "hint": problem.hint} for problem in problems
-        ],
-        "row": row.value if isinstance(row, SourceRow) else None,
-    }
-
-
-def _write_line(file: BinaryIO, value: Any) -> None:
-    file.write(orjson.dumps(value, default=str, option=orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS))
+    digests = np.frombuffer(tally.digests, np.uint64)
+    signatures = np.frombuffer(tally.signatures, np.uint8).reshape(-1, SIGNATURE_BYTES) if near_duplicates else None
+    return duplicate_groups(digests, signatures).facts(locate)

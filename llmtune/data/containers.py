@@ -1,55 +1,107 @@
-"""Read each container row by row, in bounded memory. A row that cannot be read is a `Problem`, and reading goes on."""
+"""Read each container row by row, in bounded memory and in parts. A row that cannot be read is a `Problem`."""
 
 from __future__ import annotations
 
 import codecs
 import csv
 import io
-import json
-import re
-import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import orjson
+from typing import Any, AnyStr, BinaryIO, TextIO
 
 from llmtune.data.records import Problem, SourceRow
+from llmtune.data.strict_json import MAX_ROW_BYTES, invalid_utf8, parse_object, read_array, too_large
 from llmtune.errors import DataError
 
-_KEY = re.compile(rb'"[ \t\r\n]*:')
-_STRUCTURE = re.compile(rb'["\[\]{},]')
-_STRING_END = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
-_CHUNK_BYTES = 1 << 20
+# Start, end and number of the first row, as in `llmtune.data.records.Chunk`.
+Part = tuple[int, int, int]
+_BLOCK_BYTES = 1 << 20
 _BATCH_ROWS = 1024
 
 
-def read_jsonl(path: Path) -> Iterator[SourceRow | Problem]:
-    """One JSON object per line; a byte order mark, CRLF and blank lines are tolerated."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Container:
+    """How files of one kind are taken apart (path, about so many bytes) and read (path, start, end, first line)."""
+
+    parts: Callable[[Path, int], Iterator[Part]]
+    read: Callable[[Path, int, int, int], Iterator[SourceRow | Problem]]
+
+
+def line_parts(path: Path, num_bytes: int) -> Iterator[Part]:
+    """Byte ranges of whole lines, of about ``num_bytes``; a longer line makes its range longer."""
     with open_utf8(path) as file:
-        for number, raw in enumerate(file, start=1):
-            if raw.isspace():
-                continue
-            yield parse_object(raw, str(path), number)
+        file.seek(0)
+        start = end = offset = 0  # where the part begins, where its last whole line ends, what has been looked at
+        first_line = line = 1
+        while block := file.read(min(num_bytes, _BLOCK_BYTES)):
+            cut = block.rfind(b"\n") + 1
+            if cut:
+                end, line = offset + cut, line + block.count(b"\n")
+            offset += len(block)
+            if end > start and offset - start >= num_bytes:
+                yield start, end, first_line
+                start, first_line = end, line
+        if offset > start:
+            yield start, offset, first_line
 
 
-def read_json(path: Path) -> Iterator[SourceRow | Problem]:
+def _whole_file(path: Path, num_bytes: int) -> Iterator[Part]:
+    yield 0, -1, 1
+
+
+def _lines(path: Path, start: int, end: int, first_line: int) -> Iterator[tuple[int, int, bytes | None, int]]:
+    """The lines of a byte range as number, first byte, content and last byte (exclusive).
+
+    Of a line longer than `MAX_ROW_BYTES` the content is None, and it is not held in memory.
+    """
+    with open_utf8(path) as file:
+        if start:
+            file.seek(start)
+        position, number = file.tell(), first_line
+        while (end < 0 or position < end) and (raw := file.readline(MAX_ROW_BYTES + 1)):
+            after = position + len(raw)
+            if len(raw) > MAX_ROW_BYTES and not raw.endswith(b"\n"):
+                after += sum(map(len, _rest_of_line(file.readline, b"\n")))
+                yield number, position, None, after
+            else:
+                yield number, position, raw, after
+            position = after
+            number += 1
+
+
+def _rest_of_line(readline: Callable[[int], AnyStr], *ends: AnyStr) -> Iterator[AnyStr]:
+    """A line from where its file stands, in pieces."""
+    while rest := readline(_BLOCK_BYTES):
+        yield rest
+        if rest.endswith(ends):
+            return
+
+
+def read_jsonl(path: Path, start: int = 0, end: int = -1, first_line: int = 1) -> Iterator[SourceRow | Problem]:
+    """One JSON object per line; a byte order mark, CRLF and blank lines are tolerated."""
+    name = str(path)
+    for number, first, raw, after in _lines(path, start, end, first_line):
+        if raw is None:
+            yield too_large(name, number, (first, after))
+        elif not raw.isspace():
+            row = parse_object(raw, name, number)
+            yield row if isinstance(row, SourceRow) else replace(row, span=(first, after))
+
+
+def read_json(path: Path, start: int = 0, end: int = -1, first_line: int = 1) -> Iterator[SourceRow | Problem]:
     """An array of objects (``line`` is the row number), or one object per line."""
     with open_utf8(path) as file:
-        start = file.tell()
-        head = file.read(_CHUNK_BYTES)
-        while head and head.isspace():
-            head = file.read(_CHUNK_BYTES)
+        begin = file.tell()
+        head = next((block for block in iter(lambda: file.read(_BLOCK_BYTES), b"") if not block.isspace()), b"")
         first = head.lstrip()[:1]
-        file.seek(start)
+        file.seek(begin)
         if first == b"[":
-            for number, raw in enumerate(_array_elements(file), start=1):
-                if raw is None:
-                    yield _problem(str(path), number, "the array is cut off", "the file was truncated; write it again")
-                else:
-                    yield parse_object(raw, str(path), number)
+            yield from read_array(file, str(path))
             return
-        line = next((line for line in file if not line.isspace()), b"").strip()
+        lines = iter(lambda: file.readline(_BLOCK_BYTES), b"")
+        line = next((line for line in lines if not line.isspace()), b"").strip()
         if first == b"{" and line in (b"{", b"{}"):
             raise DataError(
                 f"{path}: the file is one JSON object spread over lines; expected an array of objects, "
@@ -58,175 +110,171 @@ def read_json(path: Path) -> Iterator[SourceRow | Problem]:
     yield from read_jsonl(path)
 
 
-def parse_object(raw: bytes, file: str, line: int) -> SourceRow | Problem:
-    """One JSON object, strictly: valid UTF-8, no duplicate keys, nothing cut off."""
-    try:
-        value = orjson.loads(raw)
-    except orjson.JSONDecodeError as error:
-        return _json_problem(raw, file, line, error)
-    if not isinstance(value, dict):
-        return _problem(
-            file, line, f"the row is {_json_kind(value)}, expected an object", 'write {"field": value, …}, one per row'
-        )
-    # Every key is followed by a colon, so equal counts prove that no key was lost to a duplicate.
-    if len(_KEY.findall(raw)) != _num_keys(value):
-        try:
-            duplicate = _duplicate_key(raw)
-        except RecursionError:
-            return _problem(file, line, "nested too deep to be read", "a row needs a handful of levels; flatten it")
-        if duplicate is not None:
-            return _problem(
-                file, line, f"the key '{duplicate}' occurs twice", "remove or rename one of the two", duplicate
-            )
-    return SourceRow(file=file, line=line, value=value)
-
-
-def _num_keys(value: Any) -> int:
-    count, stack = 0, [value]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, dict):
-            count += len(item)
-            item = item.values()
-        stack.extend(child for child in item if isinstance(child, (dict, list)))
-    return count
-
-
-def _duplicate_key(raw: bytes) -> str | None:
-    duplicates: list[str] = []
-
-    def collect(pairs: list[tuple[str, Any]]) -> None:
-        seen: set[str] = set()
-        for key, _ in pairs:
-            if key in seen:
-                duplicates.append(key)
-            seen.add(key)
-
-    json.loads(raw, object_pairs_hook=collect, parse_int=str)
-    return duplicates[0] if duplicates else None
-
-
-def _json_problem(raw: bytes, file: str, line: int, error: orjson.JSONDecodeError) -> Problem:
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as bad:
-        byte = raw[bad.start]
-        return _problem(
-            file, line, f"invalid UTF-8: byte 0x{byte:02x} at column {bad.start + 1}", "save the file as UTF-8"
-        )
-    if "\x00" in text:
-        return _problem(file, line, f"a NUL character at column {text.index(chr(0)) + 1}", "remove it")
-    if error.pos >= len(text.rstrip()) or "unexpected end" in error.msg:
-        return _problem(file, line, "the JSON is cut off", "complete or remove the row")
-    return _problem(file, line, f"not valid JSON: {error.msg} at column {error.pos + 1}", "correct the row")
-
-
-def _array_elements(file: BinaryIO) -> Iterator[bytes | None]:
-    """The bytes of each element of a JSON array, found by counting brackets; None at the end when it is cut off."""
-    buffer, pos, depth, start = file.read(_CHUNK_BYTES), 0, 0, 0
-    while True:
-        match = _STRUCTURE.search(buffer, pos)
-        if match is not None and match[0] == b'"':
-            end = _STRING_END.match(buffer, match.end())
-            if end is not None:
-                pos = end.end()
-                continue
-        if match is None or match[0] == b'"':
-            chunk = file.read(max(_CHUNK_BYTES, len(buffer)))  # doubling keeps one huge string linear
-            if not chunk:
-                yield None
-                return
-            resume = len(buffer) if match is None else match.start()
-            buffer, pos, start = buffer[start:] + chunk, resume - start, 0
-            continue
-        pos = match.end()
-        if match[0] in b"[{":
-            depth += 1
-            if depth == 1:
-                start = pos
-        elif match[0] == b"," and depth == 1:
-            yield buffer[start : match.start()]
-            start = pos
-        elif match[0] in b"]}":
-            depth -= 1
-            if depth == 0:
-                last = buffer[start : match.start()]
-                if last.strip():
-                    yield last
-                if buffer[pos:].strip() or file.read().strip():
-                    yield b"text after the end of the array"
-                return
-
-
-def read_csv(path: Path) -> Iterator[SourceRow | Problem]:
+def read_csv(path: Path, start: int = 0, end: int = -1, first_line: int = 1) -> Iterator[SourceRow | Problem]:
     """Comma-separated values with a header row."""
     yield from _read_delimited(path, ",")
 
 
-def read_tsv(path: Path) -> Iterator[SourceRow | Problem]:
+def read_tsv(path: Path, start: int = 0, end: int = -1, first_line: int = 1) -> Iterator[SourceRow | Problem]:
     """Tab-separated values with a header row."""
     yield from _read_delimited(path, "\t")
 
 
+class _TooLarge(Exception):
+    """A line of a table of text is too large to be held in memory."""
+
+
+class _TextLines:
+    """Lines for ``csv.reader``, which can go on after one that was too large.
+
+    ``number``: of the last line. ``position``: the byte after it.
+    """
+
+    def __init__(self, file: TextIO, position: int) -> None:
+        self.file = file
+        self.number = 0
+        self.position = position
+
+    def __iter__(self) -> _TextLines:
+        return self
+
+    def __next__(self) -> str:
+        line = self.file.readline(MAX_ROW_BYTES + 1)
+        if not line:
+            raise StopIteration
+        self.number += 1
+        self.position += _num_bytes(line)
+        if len(line) > MAX_ROW_BYTES and not line.endswith(("\n", "\r")):
+            self.position += sum(map(_num_bytes, _rest_of_line(self.file.readline, "\n", "\r")))
+            raise _TooLarge
+        return line
+
+
+def _num_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode("utf-8", "surrogateescape"))
+
+
 def _read_delimited(path: Path, delimiter: str) -> Iterator[SourceRow | Problem]:
-    csv.field_size_limit(sys.maxsize)  # the default of 128 KiB is shorter than many answers
+    csv.field_size_limit(MAX_ROW_BYTES)  # the default of 128 KiB is shorter than many answers
     name = str(path)
+    binary = open_utf8(path)
+    position = binary.tell()
     # Undecodable bytes become surrogates, so that one bad row does not end the reading.
-    with io.TextIOWrapper(open_utf8(path), encoding="utf-8", errors="surrogateescape", newline="") as file:
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
-        header = next(reader, [])
-        repeated = sorted({column for column in header if header.count(column) > 1})
-        if repeated:
-            raise DataError(f"{path}:1: the header names {', '.join(map(repr, repeated))} twice; rename one column.")
+    with io.TextIOWrapper(binary, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        lines = _TextLines(file, position)
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
+        header = _header(path, reader)
         while True:
-            line = reader.line_num + 1
+            line, start = lines.number + 1, lines.position
             try:
                 cells = next(reader)
             except StopIteration:
                 return
+            except _TooLarge:
+                yield too_large(name, line, (start, lines.position))
+                continue
             except csv.Error as error:
-                yield _problem(name, line, f"not valid CSV: {error}", "check the quotes of this row")
-                continue
-            if not cells:
-                continue
-            if len(cells) != len(header):
-                problem = f"{len(cells)} cells, the header has {len(header)}"
-                yield _problem(name, line, problem, f"quote cells that contain {delimiter!r} or line breaks")
-            elif any("\ud800" <= char <= "\udfff" for cell in cells if not cell.isascii() for char in cell):
-                yield _problem(name, line, "invalid UTF-8", "save the file as UTF-8")
+                found = f"not valid CSV: {error}", "check the quotes of this row"
             else:
-                yield SourceRow(file=name, line=line, value=dict(zip(header, cells, strict=True)))
+                if not cells:
+                    continue
+                if len(cells) == len(header) and not any(map(_undecodable, cells)):
+                    yield SourceRow(file=name, line=line, value=dict(zip(header, cells, strict=True)))
+                    continue
+                found = "invalid UTF-8", "save the file as UTF-8"
+                if len(cells) != len(header):
+                    hint = f"quote cells that contain {delimiter!r} or line breaks"
+                    found = f"{len(cells)} cells, the header has {len(header)}", hint
+            span = (start, lines.position)
+            yield Problem(file=name, line=line, field=None, problem=found[0], hint=found[1], span=span)
 
 
-def read_txt(path: Path) -> Iterator[SourceRow | Problem]:
+def _undecodable(cell: str) -> bool:
+    return not cell.isascii() and any("\ud800" <= char <= "\udfff" for char in cell)
+
+
+def _header(path: Path, reader: Iterator[list[str]]) -> list[str]:
+    try:
+        header = next((cells for cells in reader if cells), [])  # blank lines may come first
+    except (csv.Error, _TooLarge) as error:
+        raise DataError(f"{path}:1: the header cannot be read ({error}); check its quotes.") from error
+    repeated = sorted({column for column in header if header.count(column) > 1})
+    if repeated:
+        raise DataError(f"{path}:1: the header names {', '.join(map(repr, repeated))} twice; rename one column.")
+    return header
+
+
+def read_txt(path: Path, start: int = 0, end: int = -1, first_line: int = 1) -> Iterator[SourceRow | Problem]:
     """One document per line that is not blank."""
-    with open_utf8(path) as file:
-        for number, raw in enumerate(file, start=1):
-            if raw.isspace():
-                continue
+    name = str(path)
+    for number, first, raw, after in _lines(path, start, end, first_line):
+        if raw is None:
+            yield too_large(name, number, (first, after))
+        elif not raw.isspace():
             try:
                 text = raw.decode("utf-8").rstrip("\r\n")
             except UnicodeDecodeError as bad:
-                problem = f"invalid UTF-8: byte 0x{raw[bad.start]:02x} at column {bad.start + 1}"
-                yield _problem(str(path), number, problem, "save the file as UTF-8")
+                yield replace(invalid_utf8(raw, bad.start, name, number), span=(first, after))
             else:
-                yield SourceRow(file=str(path), line=number, value={"text": text})
+                yield SourceRow(file=name, line=number, value={"text": text})
 
 
-def read_parquet(path: Path) -> Iterator[SourceRow | Problem]:
-    """Rows of a Parquet file; ``line`` is the row number."""
+def parquet_parts(path: Path, num_bytes: int) -> Iterator[Part]:
+    """Every row group by itself: what Parquet can read alone, and what a problem is named after."""
+    with _opened_parquet(path) as file:
+        first_row = 1
+        for group in range(file.num_row_groups):
+            yield group, group + 1, first_row
+            first_row += file.metadata.row_group(group).num_rows
+
+
+def read_parquet(path: Path, start: int = 0, end: int = -1, first_line: int = 1) -> Iterator[SourceRow | Problem]:
+    """Rows of a Parquet file; ``line`` is the row number in the file."""
+    import pyarrow as pa
+
+    with _opened_parquet(path) as file:
+        for group in range(start, file.num_row_groups if end < 0 else end):
+            batches = file.iter_batches(batch_size=_BATCH_ROWS, row_groups=[group])
+            try:
+                yield from _rows_of_batches(str(path), batches, first_line, group)
+            except (pa.ArrowInvalid, OSError) as error:
+                raise DataError(
+                    f"{path}: row group {group:,} cannot be read ({error}). Write or download the file again."
+                ) from error
+            first_line += file.metadata.row_group(group).num_rows
+
+
+def _opened_parquet(path: Path) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as file:
-            yield from _rows_of_batches(str(path), file.iter_batches(batch_size=_BATCH_ROWS))
+        return pq.ParquetFile(path)
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet file ({error}). Write or download it again.") from error
 
 
-def read_arrow(path: Path) -> Iterator[SourceRow | Problem]:
+def arrow_parts(path: Path, num_bytes: int) -> Iterator[Part]:
+    """Runs of record batches of about ``num_bytes`` in memory."""
+    start = held = 0
+    first_row = row = 1
+    for index, batch in enumerate(_record_batches(path, 0, -1)):
+        held += batch.nbytes
+        row += batch.num_rows
+        if held >= num_bytes:
+            yield start, index + 1, first_row
+            start, first_row, held = index + 1, row, 0
+    if row > first_row:
+        yield start, -1, first_row
+
+
+def read_arrow(path: Path, start: int = 0, end: int = -1, first_line: int = 1) -> Iterator[SourceRow | Problem]:
     """Rows of an Arrow IPC file or stream; ``line`` is the row number."""
+    yield from _rows_of_batches(str(path), _record_batches(path, start, end), first_line)
+
+
+def _record_batches(path: Path, start: int, end: int) -> Iterator[Any]:
+    """Record batches of a file or stream. The file is mapped, so batches that are passed over cost next to nothing."""
     import pyarrow as pa
 
     try:
@@ -235,16 +283,19 @@ def read_arrow(path: Path) -> Iterator[SourceRow | Problem]:
                 reader = pa.ipc.open_file(mapped)
             except pa.ArrowInvalid:
                 mapped.seek(0)
-                yield from _rows_of_batches(str(path), pa.ipc.open_stream(mapped))
+                stream = pa.ipc.open_stream(mapped)
+                yield from islice(stream, start, None if end < 0 else end)
             else:
-                batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
-                yield from _rows_of_batches(str(path), batches)
+                for index in range(start, reader.num_record_batches if end < 0 else end):
+                    yield reader.get_batch(index)
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"{path}: not a readable Arrow file ({error}). Write or download it again.") from error
 
 
-def _rows_of_batches(name: str, batches: Any) -> Iterator[SourceRow | Problem]:
-    number = 0
+def _rows_of_batches(
+    name: str, batches: Iterator[Any], first_line: int, row_group: int | None = None
+) -> Iterator[SourceRow | Problem]:
+    number = first_line
     for batch in batches:
         for part in (batch.slice(start, _BATCH_ROWS) for start in range(0, batch.num_rows, _BATCH_ROWS)):
             try:
@@ -252,11 +303,18 @@ def _rows_of_batches(name: str, batches: Any) -> Iterator[SourceRow | Problem]:
             except UnicodeDecodeError:
                 rows = [_row_or_none(part, index) for index in range(part.num_rows)]
             for row in rows:
-                number += 1
                 if row is None:
-                    yield _problem(name, number, "invalid UTF-8", "write the text as UTF-8")
+                    yield Problem(
+                        file=name,
+                        line=number,
+                        field=None,
+                        problem="invalid UTF-8",
+                        hint="write the text as UTF-8",
+                        row_group=row_group,
+                    )
                 else:
-                    yield SourceRow(file=name, line=number, value=row)
+                    yield SourceRow(file=name, line=number, value=row, row_group=row_group)
+                number += 1
 
 
 def _row_or_none(batch: Any, index: int) -> dict[str, Any] | None:
@@ -285,22 +343,12 @@ def open_utf8(path: Path) -> BinaryIO:
     return file
 
 
-def _json_kind(value: object) -> str:
-    if value is None:
-        return "null"
-    return {list: "an array", str: "a string", bool: "a boolean"}.get(type(value), "a number")
-
-
-def _problem(file: str, line: int, problem: str, hint: str, field: str | None = None) -> Problem:
-    return Problem(file=file, line=line, field=field, problem=problem, hint=hint)
-
-
-READERS: dict[str, Callable[[Path], Iterator[SourceRow | Problem]]] = {
-    "jsonl": read_jsonl,
-    "json": read_json,
-    "csv": read_csv,
-    "tsv": read_tsv,
-    "parquet": read_parquet,
-    "arrow": read_arrow,
-    "txt": read_txt,
+CONTAINERS: dict[str, Container] = {
+    "jsonl": Container(parts=line_parts, read=read_jsonl),
+    "json": Container(parts=_whole_file, read=read_json),
+    "csv": Container(parts=_whole_file, read=read_csv),
+    "tsv": Container(parts=_whole_file, read=read_tsv),
+    "parquet": Container(parts=parquet_parts, read=read_parquet),
+    "arrow": Container(parts=arrow_parts, read=read_arrow),
+    "txt": Container(parts=line_parts, read=read_txt),
 }

@@ -1,49 +1,41 @@
-"""From data to encoded rows: streamed, checked, written once, found again by what went in."""
+"""From data to encoded rows: streamed chunk by chunk, proven, written once, found again by what went in."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import orjson
 
-from llmtune.data.encoded import EncodedDataset, EncodedWriter, is_intact
+from llmtune.data.duplicates import SIGNATURE_BYTES, content_digest, signature
+from llmtune.data.encoded import EncodedDataset, EncodedRows, EncodedWriter, TableFacts, is_intact
 from llmtune.data.masks import ChatEncoder, Encoded
-from llmtune.data.reading import Reading, bad_rows_error, read, require_trainable
-from llmtune.data.records import Conversation, DataStats, Document, Problem, Record, percentile
+from llmtune.data.reading import Reading, bad_rows_error, chunks_of, readings_of, require_trainable
+from llmtune.data.records import Chunk, Conversation, Document, Problem, Record, record_text
+from llmtune.data.spans import Supervise
+from llmtune.data.supervision import SupervisionTally
+from llmtune.data.truncation import left_out, shorten
+from llmtune.data.workers import ordered_map, worker_count
 from llmtune.errors import DataError
 
-# Part of the cache's key: raise it when the same input would give other tokens or masks.
-ENCODER_VERSION = 1
+# Part of the cache's key: raise it when the same input would give other tokens, masks or facts.
+ENCODER_VERSION = 2
+# Rows that are rendered, tokenised and proven in one call.
 _BATCH_RECORDS = 256
-_KEPT_PROBLEMS = 100
-# <|im_start|>, role, newline, <|im_end|>, newline: what ChatML, the most common template, adds to a message.
-_TEMPLATE_TOKENS_PER_MESSAGE = 5
+# Text of one chunk; about half a second of tokenising on one core.
+_CHUNK_BYTES = 1 << 20
+# Below this, workers cost more (they import transformers) than they save.
+_PARALLEL_BYTES = 32 << 20
+_KEPT_PROBLEMS = 10_000
+_KEPT_TOO_LONG = 10
 
-TooLong = Literal["refuse", "drop"]
-OnBadRow = Literal["error", "skip"]
-
-
-@dataclass(slots=True, kw_only=True)
-class _Tally:
-    """What one pass over the data met."""
-
-    rows: int = 0
-    bad_rows: int = 0
-    num_problems: int = 0
-    problems: list[Problem] = field(default_factory=list)
-    too_long: int = 0
-    longest: int = 0
-    too_long_at: list[str] = field(default_factory=list)
-
-    def bad(self, problems: list[Problem]) -> None:
-        self.bad_rows += 1
-        self.num_problems += len(problems)
-        self.problems += problems[: _KEPT_PROBLEMS - len(self.problems)]
+TooLong = Literal["refuse", "drop", "left", "turns"]
+OnBadRow = Literal["error", "skip", "report"]
 
 
 def encode(
@@ -55,22 +47,30 @@ def encode(
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
     max_length: int | None = None,
+    vocab_size: int | None = None,
     too_long: TooLong = "refuse",
+    supervise: Supervise = "all",
     on_bad_row: OnBadRow = "error",
+    processes: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> EncodedDataset:
     """Token ids and proven masks of every row, from the cache where the same was encoded before.
 
     Args:
-        data: Anything `resolve` takes.
+        data: Anything `resolve` takes, a `Reading`, or several `Reading`s: the parts of a mix.
         tokenizer: A fast tokenizer of transformers.
         cache_dir: Where encoded rows are kept.
         template: Jinja text of the chat template; the tokenizer's own when None.
         format: See `read`.
         columns: See `read`.
         max_length: Longest row in tokens; any length when None.
-        too_long: What to do with longer rows.
-        on_bad_row: What to do with rows that cannot be read or encoded.
+        vocab_size: How many embeddings the model has, to compare ids with.
+        too_long: What to do with longer rows: refuse them all, drop them, cut the oldest tokens (``left``) or
+            whole oldest turns (``turns``).
+        supervise: Which tokens are learned, see `ChatEncoder`.
+        on_bad_row: What to do with rows that cannot be read or encoded: an ``error``, ``skip`` them as long as others
+            are left, or only ``report`` them and rows too long, in ``facts``.
+        processes: Worker processes; as many as the machine has cores when None and there is much data.
         progress: Called with the number of rows done so far.
 
     Raises:
@@ -79,118 +79,206 @@ def encode(
     """
     from filelock import FileLock
 
-    reading = read(data, format=format, columns=columns)
-    require_trainable(reading)
-    encoder = ChatEncoder(tokenizer, template)
-    key = _cache_key(reading, encoder, max_length=max_length, too_long=too_long, on_bad_row=on_bad_row)
+    readings = readings_of(data, format=format, columns=columns)
+    for reading in readings:
+        require_trainable(reading)
+    encoder = ChatEncoder(tokenizer, template, supervise=supervise)
+    job = _Job(readings=readings, encoder=encoder, max_length=max_length, too_long=too_long, vocab_size=vocab_size)
     directory = Path(cache_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"{key}.arrow"
+    path = directory / f"{job.cache_key()}.arrow"
     with FileLock(path.with_suffix(".lock")):
         if not is_intact(path):
-            _write(path, reading, encoder, max_length, too_long, on_bad_row, progress)
-    return EncodedDataset(path, reading.source.labels)
+            _write(path, job, processes or job.worker_count(), progress)
+    files = [label for reading in readings for label in reading.source.labels]
+    dataset = EncodedDataset(path, files, weights=[reading.weight for reading in readings])
+    _require_rows(dataset.facts, len(dataset), max_length, too_long, on_bad_row)
+    return dataset
 
 
-def _write(
-    path: Path,
-    reading: Reading,
-    encoder: ChatEncoder,
-    max_length: int | None,
-    too_long: TooLong,
-    on_bad_row: OnBadRow,
-    progress: Callable[[int], None] | None,
-) -> None:
-    files = {label: number for number, label in enumerate(reading.source.labels)}
-    tally = _Tally()
-    writer = EncodedWriter(path)
-    try:
-        for record, result in encode_stream(reading, encoder):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """Encodes one chunk of one part; sent to worker processes."""
+
+    readings: tuple[Reading, ...]
+    encoder: ChatEncoder
+    max_length: int | None
+    too_long: TooLong
+    vocab_size: int | None
+
+    def start(self) -> _Tally:
+        """A tally of nothing."""
+        return _Tally(supervision=SupervisionTally.of(self.encoder, vocab_size=self.vocab_size))
+
+    def worker_count(self) -> int:
+        if any(reading.source.in_memory for reading in self.readings):
+            return 1
+        num_bytes = sum(reading.source.num_bytes for reading in self.readings)
+        return worker_count(num_bytes, least_bytes=_PARALLEL_BYTES)
+
+    def cache_key(self) -> str:
+        parts = [
+            ENCODER_VERSION,
+            [[each.source.fingerprint, each.format.title, sorted(each.columns.items())] for each in self.readings],
+            tokenizer_fingerprint(self.encoder.tokenizer),
+            self.encoder.template,
+            self.encoder.supervise,
+            self.max_length,
+            self.vocab_size,
+            # Refused and dropped rows are the same rows.
+            "drop" if self.too_long == "refuse" else self.too_long,
+        ]
+        return hashlib.sha256(orjson.dumps(parts)).hexdigest()[:32]
+
+    def __call__(self, item: tuple[int, Chunk]) -> tuple[int, Chunk, _Tally, EncodedRows]:
+        part, chunk = item
+        tally = self.start()
+        rows: list[tuple[Encoded, int, int, bytes]] = []
+        reading = self.readings[part]
+        for record, result in encode_stream(reading.read(chunk), self.encoder):
             tally.rows += 1
-            if progress is not None and tally.rows % _BATCH_RECORDS == 0:
-                progress(tally.rows)
             if record is None or not isinstance(result, Encoded):
-                tally.bad(result if isinstance(result, list) else [])
+                problems = result if isinstance(result, list) else []
+                tally.bad([_placed(problem, reading, chunk) for problem in problems])
                 continue
-            length = len(result.input_ids)
-            if max_length is not None and length > max_length:
-                tally.too_long += 1
-                tally.longest = max(tally.longest, length)
-                if len(tally.too_long_at) < 10:
-                    tally.too_long_at.append(f"{record.file}:{record.line} ({length:,} tokens)")
-                continue
-            writer.add(result, files[record.file], record.line)
-        _raise_for(tally, writer.num_rows, max_length, too_long, on_bad_row)
-        writer.commit(dropped_too_long=tally.too_long, skipped_bad=tally.bad_rows, problems=tally.problems)
+            encoded = self._fit(record, result, tally)
+            if encoded is not None:
+                text = record_text(record)
+                rows.append((encoded, record.line, content_digest(text), signature(text)))
+        return part, chunk, tally, _columns(rows)
+
+    def _fit(self, record: Conversation | Document, encoded: Encoded, tally: _Tally) -> Encoded | None:
+        """The row as it will be trained on, None where it is left out."""
+        length, limit = len(encoded.input_ids), self.max_length
+        tally.longest = max(tally.longest, length)
+        if limit is None or length <= limit:
+            tally.supervision.add(record, encoded)
+            return encoded
+        if self.too_long == "left" or self.too_long == "turns":
+            cut = shorten(self.encoder, record, encoded, max_length=limit, policy=self.too_long)
+        else:
+            cut = left_out(encoded)
+        tally.supervision.add(record, encoded, cut)
+        if cut.encoded is None:
+            tally.too_long += 1
+            if len(tally.too_long_at) < _KEPT_TOO_LONG:
+                tally.too_long_at.append(f"{record.file}:{record.line} ({length:,} tokens)")
+        return cut.encoded
+
+
+def _placed(problem: Problem, reading: Reading, chunk: Chunk) -> Problem:
+    # An encoder knows a record's file and line alone; a chunk of Parquet is one row group.
+    if reading.source.container != "parquet" or problem.row_group is not None:
+        return problem
+    return replace(problem, row_group=chunk.start)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Tally:
+    """What was met on the way; tallies of chunks are merged in order."""
+
+    supervision: SupervisionTally
+    rows: int = 0
+    bad_rows: int = 0
+    num_problems: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    too_long: int = 0
+    too_long_at: list[str] = field(default_factory=list)
+    longest: int = 0
+
+    def bad(self, problems: list[Problem]) -> None:
+        self.bad_rows += 1
+        self.num_problems += len(problems)
+        self.problems += problems[: _KEPT_PROBLEMS - len(self.problems)]
+
+    def merge(self, other: _Tally) -> None:
+        self.supervision.merge(other.supervision)
+        self.rows += other.rows
+        self.bad_rows += other.bad_rows
+        self.num_problems += other.num_problems
+        self.problems += other.problems[: _KEPT_PROBLEMS - len(self.problems)]
+        self.too_long += other.too_long
+        self.too_long_at += other.too_long_at[: _KEPT_TOO_LONG - len(self.too_long_at)]
+        self.longest = max(self.longest, other.longest)
+
+
+def _columns(rows: list[tuple[Encoded, int, int, bytes]]) -> EncodedRows:
+    encoded = [row for row, *_ in rows]
+    return EncodedRows(
+        input_ids=np.concatenate([np.zeros(0, np.int32), *(row.input_ids for row in encoded)]),
+        supervised=np.concatenate([np.zeros(0, np.bool_), *(row.supervised for row in encoded)]),
+        lengths=np.array([len(row.input_ids) for row in encoded], np.int32),
+        num_supervised=np.array([int(row.supervised.sum()) for row in encoded], np.int32),
+        lines=np.array([line for _, line, *_ in rows], np.int64),
+        digests=np.array([digest for *_, digest, _ in rows], np.uint64),
+        signatures=np.frombuffer(b"".join(each for *_, each in rows), np.uint8).reshape(-1, SIGNATURE_BYTES),
+    )
+
+
+def _write(path: Path, job: _Job, processes: int, progress: Callable[[int], None] | None) -> None:
+    first_file = np.cumsum([0, *(len(reading.source.labels) for reading in job.readings)])
+    tally = job.start()
+    part_rows = [0] * len(job.readings)
+    writer = EncodedWriter(path, SIGNATURE_BYTES)
+    try:
+        for part, chunk, found, rows in ordered_map(job, chunks_of(job.readings, _CHUNK_BYTES), processes=processes):
+            tally.merge(found)
+            writer.add(rows, int(first_file[part]) + chunk.file)
+            part_rows[part] += len(rows.lengths)
+            if progress is not None:
+                progress(tally.rows)
+        facts = TableFacts(
+            part_rows=tuple(part_rows),
+            rows=tally.rows,
+            bad_rows=tally.bad_rows,
+            num_problems=tally.num_problems,
+            problems=tuple(tally.problems),
+            too_long=tally.too_long,
+            too_long_at=tuple(tally.too_long_at),
+            longest=tally.longest,
+            supervision=tally.supervision.supervision(),
+        )
+        writer.commit(facts)
     except BaseException:
         writer.abandon()
         raise
-    if progress is not None:
-        progress(tally.rows)
 
 
 def encode_stream(
-    reading: Iterable[Record | list[Problem]], encoder: ChatEncoder
+    reading: Iterator[Record | list[Problem]], encoder: ChatEncoder
 ) -> Iterator[tuple[Conversation | Document | None, Encoded | list[Problem]]]:
     """Every row in order with its encoding or its problems, encoded in batches."""
-    batch: list[Record | list[Problem]] = []
-    for item in reading:
-        batch.append(item)
-        if len(batch) == _BATCH_RECORDS:
-            yield from _encode_batch(batch, encoder)
-            batch = []
-    yield from _encode_batch(batch, encoder)
+    while batch := list(islice(reading, _BATCH_RECORDS)):
+        records = [item for item in batch if isinstance(item, (Conversation, Document))]
+        results = iter(encoder.encode_batch(records))
+        for item in batch:
+            if isinstance(item, list):
+                yield None, item
+            elif isinstance(item, (Conversation, Document)):
+                result = next(results)
+                yield item, result if isinstance(result, Encoded) else [result]
 
 
-def _encode_batch(
-    batch: list[Record | list[Problem]], encoder: ChatEncoder
-) -> Iterator[tuple[Conversation | Document | None, Encoded | list[Problem]]]:
-    results = iter(encoder.encode_batch([item for item in batch if isinstance(item, (Conversation, Document))]))
-    for item in batch:
-        if isinstance(item, list):
-            yield None, item
-        elif isinstance(item, (Conversation, Document)):
-            result = next(results)
-            yield item, result if isinstance(result, Encoded) else [result]
-
-
-def _raise_for(tally: _Tally, num_good: int, max_length: int | None, too_long: TooLong, on_bad_row: OnBadRow) -> None:
+def _require_rows(
+    facts: TableFacts, num_good: int, max_length: int | None, too_long: TooLong, on_bad_row: OnBadRow
+) -> None:
+    if on_bad_row == "report":
+        return
     messages = []
-    if tally.bad_rows and (on_bad_row == "error" or (not num_good and not tally.too_long)):
-        error = bad_rows_error(tally.problems, total=tally.num_problems, affected=tally.bad_rows, rows=tally.rows)
+    if facts.bad_rows and (on_bad_row == "error" or (not num_good and not facts.too_long)):
+        error = bad_rows_error(facts.problems, total=facts.num_problems, affected=facts.bad_rows, rows=facts.rows)
         messages.append(str(error))
-    if tally.too_long and (too_long == "refuse" or not num_good):
-        listed = " · ".join(tally.too_long_at)
-        rest = tally.too_long - len(tally.too_long_at)
+    if facts.too_long and (too_long == "refuse" or not num_good):
+        listed = " · ".join(facts.too_long_at)
+        rest = facts.too_long - len(facts.too_long_at)
         messages.append(
-            f"{tally.too_long:,} of {tally.rows:,} rows are longer than data.max_length={max_length} tokens: {listed}"
-            f"{f' · and {rest:,} more' if rest else ''}. Pass --set data.max_length={tally.longest}, or "
-            "--set data.too_long=drop to leave them out."
+            f"{facts.too_long:,} of {facts.rows:,} rows are longer than data.max_length={max_length} tokens: {listed}"
+            f"{f' · and {rest:,} more' if rest else ''}. Pass --set data.max_length={facts.longest}, or "
+            "--set data.too_long=drop to leave them out, =turns to drop their oldest turns, =left to cut their "
+            "beginning."
         )
     if messages:
         raise DataError(" ".join(messages))
-
-
-def _cache_key(
-    reading: Reading,
-    encoder: ChatEncoder,
-    *,
-    max_length: int | None,
-    too_long: TooLong,
-    on_bad_row: OnBadRow,
-) -> str:
-    parts = [
-        ENCODER_VERSION,
-        reading.source.fingerprint,
-        reading.format.title,
-        sorted(reading.columns.items()),
-        tokenizer_fingerprint(encoder.tokenizer),
-        encoder.template,
-        max_length,
-        too_long,
-        on_bad_row,
-    ]
-    return hashlib.sha256(orjson.dumps(parts)).hexdigest()[:32]
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
@@ -203,66 +291,3 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     digest = hashlib.sha256(orjson.dumps(backend))
     digest.update(orjson.dumps([special, tokenizer.chat_template], option=orjson.OPT_SORT_KEYS, default=str))
     return digest.hexdigest()
-
-
-def estimate_stats(
-    data: Any,
-    *,
-    bytes_per_token: float,
-    format: str | None = None,
-    columns: Mapping[str, str] | None = None,
-    max_length: int | None = None,
-) -> DataStats:
-    """Token counts by size, for a plan without a tokenizer: UTF-8 bytes by ``bytes_per_token``, and the template's.
-
-    Rows longer than ``max_length`` count as dropped; bad rows as skipped.
-
-    Raises:
-        DataError: As `encode`, apart from single bad rows.
-    """
-    reading = read(data, format=format, columns=columns)
-    require_trainable(reading)
-    lengths: list[int] = []
-    supervised = dropped = bad = 0
-    for record in reading:
-        if isinstance(record, list):
-            bad += 1
-            continue
-        length, learned = _estimate(record, bytes_per_token)
-        if max_length is not None and length > max_length:
-            dropped += 1
-            continue
-        lengths.append(length)
-        supervised += learned
-    ordered = np.sort(np.asarray(lengths, dtype=np.int64))
-    return DataStats(
-        rows=len(lengths),
-        tokens=int(ordered.sum()),
-        supervised_tokens=supervised,
-        length_p50=percentile(ordered, 0.50),
-        length_p95=percentile(ordered, 0.95),
-        length_p99=percentile(ordered, 0.99),
-        length_max=int(ordered[-1]) if len(ordered) else 0,
-        dropped_too_long=dropped,
-        skipped_bad=bad,
-        estimated=True,
-    )
-
-
-def _estimate(record: Record, bytes_per_token: float) -> tuple[int, int]:
-    """Tokens and supervised tokens of one record."""
-    if isinstance(record, Document):
-        tokens = round(len(record.text.encode()) / bytes_per_token) + 1
-        return tokens, tokens
-    if not isinstance(record, Conversation):
-        return 0, 0
-    total = learned = 0
-    for message in record.messages:
-        calls = orjson.dumps(message.tool_calls, default=str) if message.tool_calls else b""
-        tokens = round((len(message.content.encode()) + len(calls)) / bytes_per_token)
-        total += tokens + _TEMPLATE_TOKENS_PER_MESSAGE
-        if message.role == "assistant" and message.supervised:
-            learned += tokens + 1
-    if record.tools:
-        total += round(len(orjson.dumps(record.tools, default=str)) / bytes_per_token)
-    return total, learned

@@ -5,56 +5,126 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import orjson
 
+from llmtune.data.batches import Part, epoch_rows
 from llmtune.data.masks import Encoded
 from llmtune.data.records import DataStats, Problem, percentile
+from llmtune.data.supervision import Supervision
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_FLUSH_TOKENS = 1 << 20
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableFacts:
+    """What one pass over the data met; written beside the rows.
+
+    Attributes:
+        part_rows: Rows of each part of a mix, in order; one number where the data is no mix.
+        rows: Rows read, bad ones included.
+        bad_rows: Rows with a problem, none of them encoded.
+        num_problems: All problems; ``problems`` holds the first of them.
+        too_long: Rows left out for their length.
+        too_long_at: Where the first of them are.
+        longest: Tokens of the longest row, left out or not.
+        supervision: What is learned, counted over the encoded rows.
+    """
+
+    part_rows: tuple[int, ...]
+    rows: int
+    bad_rows: int
+    num_problems: int
+    problems: tuple[Problem, ...]
+    too_long: int
+    too_long_at: tuple[str, ...]
+    longest: int
+    supervision: Supervision
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> TableFacts:
+        """The facts that `to_json` gave."""
+        return cls(
+            **{
+                **document,
+                "part_rows": tuple(document["part_rows"]),
+                "problems": tuple(Problem(**problem) for problem in document["problems"]),
+                "too_long_at": tuple(document["too_long_at"]),
+                "supervision": Supervision.from_fields(document["supervision"]),
+            }
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields, as plain values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EncodedRows:
+    """Encoded rows as columns, cheap to send between processes. Flat ``input_ids`` and ``supervised``: all tokens."""
+
+    input_ids: NDArray[np.int32]
+    supervised: NDArray[np.bool_]
+    lengths: NDArray[np.int32]
+    num_supervised: NDArray[np.int32]
+    lines: NDArray[np.int64]
+    digests: NDArray[np.uint64]
+    signatures: NDArray[np.uint8]
 
 
 class EncodedDataset:
     """Rows of token ids and masks, memory-mapped. Made by `encode`; safe to pickle and to fork.
 
-    ``problems`` lists the first rows that ``on_bad_row="skip"`` left out.
+    Attributes:
+        facts: What the pass over all of the data met, also where this is a selection of its rows.
+        lengths: Tokens of each row, int32 [rows].
+        supervised_counts: Supervised tokens of each row, int32 [rows].
+        digests: Normalised content of each row, see `content_digest`, uint64 [rows].
     """
 
-    def __init__(self, path: Path, files: Sequence[str], *, rows: NDArray[np.int64] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        files: Sequence[str],
+        *,
+        weights: Sequence[float] = (1.0,),
+        rows: NDArray[np.int64] | None = None,
+    ) -> None:
         self._path = path
         self._files = tuple(files)
+        self._weights = tuple(weights)
         self._rows = rows
         self._open()
 
     def _open(self) -> None:
         import pyarrow as pa
 
-        facts = orjson.loads(facts_path(self._path).read_bytes())
-        self.dropped_too_long: int = facts["dropped_too_long"]
-        self.skipped_bad: int = facts["skipped_bad"]
-        self.problems = tuple(Problem(**problem) for problem in facts["problems"])
+        document = orjson.loads(facts_path(self._path).read_bytes())
+        del document["sha256"]
+        self.facts = TableFacts.from_json(document)
         self._mapped = pa.memory_map(str(self._path))
         reader = pa.ipc.open_file(self._mapped)
         batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         self._columns = [_Columns(batch) for batch in batches]
         self._starts = np.cumsum([0, *(len(columns.line) for columns in self._columns)])
-        lengths = [np.diff(columns.offsets) for columns in self._columns]
-        counts = [columns.num_supervised for columns in self._columns]
         every = slice(None) if self._rows is None else self._rows
-        self.lengths: NDArray[np.int32] = np.concatenate([np.zeros(0, np.int32), *lengths]).astype(np.int32)[every]
-        self.supervised_counts: NDArray[np.int32] = np.concatenate([np.zeros(0, np.int32), *counts])[every]
+        self.lengths: NDArray[np.int32] = self._column("lengths", np.int32)[every]
+        self.supervised_counts: NDArray[np.int32] = self._column("num_supervised", np.int32)[every]
+        self.digests: NDArray[np.uint64] = self._column("digest", np.uint64)[every]
+
+    def _column(self, name: str, kind: Any) -> NDArray[Any]:
+        return np.concatenate([np.zeros(0, kind), *(getattr(columns, name) for columns in self._columns)])
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self._path, "files": self._files, "rows": self._rows}
+        return {"path": self._path, "files": self._files, "weights": self._weights, "rows": self._rows}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["path"], state["files"], rows=state["rows"])  # type: ignore[misc]
+        self.__init__(state["path"], state["files"], weights=state["weights"], rows=state["rows"])  # type: ignore[misc]
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -69,30 +139,52 @@ class EncodedDataset:
         columns, row = self._find(index)
         return self._files[columns.file[row]], int(columns.line[row])
 
-    def select(self, indices: Sequence[int] | NDArray[np.int64]) -> EncodedDataset:
-        """The rows at ``indices``, in that order, without copying them.
+    @property
+    def signatures(self) -> NDArray[np.uint8]:
+        """MinHash of each row, see `signature`, uint8 [rows, bytes]."""
+        width = self._columns[0].signature.shape[1] if self._columns else 1
+        parts = [np.zeros((0, width), np.uint8), *(columns.signature for columns in self._columns)]
+        signatures: NDArray[np.uint8] = np.concatenate(parts)
+        return signatures if self._rows is None else signatures[self._rows]
 
-        What was dropped or skipped stays an account of the data set as a whole, see `stats`.
-        """
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """How many of these rows belong to each part of a mix, and how often an epoch shows them; in order."""
+        ends = np.cumsum(self.facts.part_rows)
+        if self._rows is None:
+            counts = list(self.facts.part_rows)
+        else:
+            assert bool(np.all(np.diff(self._rows) > 0)) or len(ends) == 1, "rows of a mix stay in its order"
+            counts = np.diff(np.searchsorted(self._rows, [0, *ends])).tolist() if len(ends) > 1 else [len(self)]
+        return tuple(Part(num_rows=n, weight=w) for n, w in zip(counts, self._weights, strict=True))
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows that one epoch shows: all of them once, unless parts of a mix have other weights."""
+        return epoch_rows(self.parts)
+
+    def select(self, indices: Sequence[int] | NDArray[np.int64]) -> EncodedDataset:
+        """The rows at ``indices``, in that order, without copying them."""
         chosen = np.asarray(indices, dtype=np.int64)
         rows = chosen if self._rows is None else self._rows[chosen]
-        return EncodedDataset(self._path, self._files, rows=rows)
+        return EncodedDataset(self._path, self._files, weights=self._weights, rows=rows)
 
     @property
     def stats(self) -> DataStats:
-        """Counts and length percentiles of these rows; of a selection, dropped and skipped count 0."""
+        """What one epoch shows, and length percentiles of the rows; of a selection, dropped and skipped count 0."""
         ordered = np.sort(self.lengths)
         whole = self._rows is None
+        weight = np.repeat([part.weight for part in self.parts], [part.num_rows for part in self.parts])
         return DataStats(
-            rows=len(self),
-            tokens=int(self.lengths.sum(dtype=np.int64)),
-            supervised_tokens=int(self.supervised_counts.sum(dtype=np.int64)),
+            rows=self.rows_per_epoch,
+            tokens=round(float(self.lengths @ weight)),
+            supervised_tokens=round(float(self.supervised_counts @ weight)),
             length_p50=percentile(ordered, 0.50),
             length_p95=percentile(ordered, 0.95),
             length_p99=percentile(ordered, 0.99),
             length_max=int(ordered[-1]) if len(ordered) else 0,
-            dropped_too_long=self.dropped_too_long if whole else 0,
-            skipped_bad=self.skipped_bad if whole else 0,
+            dropped_too_long=self.facts.too_long if whole else 0,
+            skipped_bad=self.facts.bad_rows if whole else 0,
         )
 
     def _find(self, index: int) -> tuple[_Columns, int]:
@@ -108,19 +200,28 @@ class _Columns:
     """Numpy views (no copies) of one record batch."""
 
     def __init__(self, batch: Any) -> None:
-        ids, mask = batch.column("input_ids"), batch.column("supervised")
+        ids, mask, signature = batch.column("input_ids"), batch.column("supervised"), batch.column("signature")
         self.offsets: NDArray[np.int32] = ids.offsets.to_numpy()
+        self.lengths: NDArray[np.int32] = np.diff(self.offsets)
         self.input_ids: NDArray[np.int32] = ids.values.to_numpy()
         self.supervised: NDArray[np.bool_] = mask.values.to_numpy().view(np.bool_)
         self.num_supervised: NDArray[np.int32] = batch.column("num_supervised").to_numpy()
         self.file: NDArray[np.int32] = batch.column("file").to_numpy()
         self.line: NDArray[np.int64] = batch.column("line").to_numpy()
+        self.digest: NDArray[np.uint64] = batch.column("digest").to_numpy()
+        flat: NDArray[np.uint8] = np.frombuffer(signature.buffers()[1], np.uint8)
+        self.signature = flat.reshape(-1, signature.type.byte_width)[: batch.num_rows]
 
 
 class EncodedWriter:
-    """Writes encoded rows to ``path``, which appears, complete, when `commit` is called."""
+    """Writes encoded rows to ``path``, which appears, complete, when `commit` is called.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: The Arrow file.
+        signature_bytes: Width of every row's signature.
+    """
+
+    def __init__(self, path: Path, signature_bytes: int) -> None:
         import pyarrow as pa
 
         self._path = path
@@ -132,53 +233,39 @@ class EncodedWriter:
                 "num_supervised": pa.int32(),
                 "file": pa.int32(),
                 "line": pa.int64(),
+                "digest": pa.uint64(),
+                "signature": pa.binary(signature_bytes),
             }
         )
         self._writer = pa.ipc.new_file(str(self._temporary), self._schema)
-        self._rows: list[tuple[Encoded, int, int]] = []
-        self._tokens = 0
-        self.num_rows = 0
 
-    def add(self, encoded: Encoded, file: int, line: int) -> None:
-        """One row, and where it came from."""
-        self._rows.append((encoded, file, line))
-        self._tokens += len(encoded.input_ids)
-        self.num_rows += 1
-        if self._tokens >= _FLUSH_TOKENS:
-            self._flush()
-
-    def _flush(self) -> None:
+    def add(self, rows: EncodedRows, file: int) -> None:
+        """Rows that came from one file."""
         import pyarrow as pa
 
-        if not self._rows:
+        count = len(rows.lengths)
+        if count == 0:
             return
-        rows = [encoded for encoded, *_ in self._rows]
-        offsets = pa.array(np.cumsum([0, *(len(row.input_ids) for row in rows)], dtype=np.int32))
-        ids = pa.array(np.concatenate([row.input_ids for row in rows]))
-        mask = pa.array(np.concatenate([row.supervised for row in rows]).view(np.uint8))
+        offsets = pa.array(np.concatenate([[0], np.cumsum(rows.lengths)]).astype(np.int32))
+        signature = self._schema.field("signature").type
         columns = [
-            pa.ListArray.from_arrays(offsets, ids),
-            pa.ListArray.from_arrays(offsets, mask),
-            pa.array([int(row.supervised.sum()) for row in rows], pa.int32()),
-            pa.array([file for _, file, _ in self._rows], pa.int32()),
-            pa.array([line for *_, line in self._rows], pa.int64()),
+            pa.ListArray.from_arrays(offsets, pa.array(rows.input_ids)),
+            pa.ListArray.from_arrays(offsets, pa.array(rows.supervised.view(np.uint8))),
+            pa.array(rows.num_supervised),
+            pa.array(np.full(count, file, np.int32)),
+            pa.array(rows.lines),
+            pa.array(rows.digests),
+            pa.FixedSizeBinaryArray.from_buffers(signature, count, [None, pa.py_buffer(rows.signatures.tobytes())]),
         ]
         self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
-        self._rows, self._tokens = [], 0
 
-    def commit(self, *, dropped_too_long: int, skipped_bad: int, problems: Sequence[Problem]) -> None:
+    def commit(self, facts: TableFacts) -> None:
         """Make the rows visible under their name, with the digest by which `is_intact` knows them."""
-        self._flush()
         self._writer.close()
-        facts = {
-            "sha256": _digest(self._temporary),
-            "dropped_too_long": dropped_too_long,
-            "skipped_bad": skipped_bad,
-            "problems": [problem.to_json() for problem in problems],
-        }
+        document = {"sha256": _digest(self._temporary), **facts.to_json()}
         os.replace(self._temporary, self._path)
         temporary = self._temporary.with_suffix(".facts")
-        temporary.write_bytes(orjson.dumps(facts))
+        temporary.write_bytes(orjson.dumps(document))
         os.replace(temporary, facts_path(self._path))
 
     def abandon(self) -> None:

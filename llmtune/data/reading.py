@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any
 
 from llmtune.data.formats import FORMAT_NAMES, FORMATS, Format, candidates
-from llmtune.data.records import Problem, Record, SourceRow
+from llmtune.data.messages import is_list
+from llmtune.data.records import Chunk, Problem, Record, SourceRow
 from llmtune.data.source import Source, resolve
 from llmtune.errors import ConfigError, DataError, did_you_mean, nearest
 
@@ -20,35 +21,49 @@ _SHOWN = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """Data whose format is known. Iterating yields `Record`s and `Problem` lists, row by row, in order."""
+    """Data whose format is known. Iterating yields `Record`s and `Problem` lists, row by row, in order.
+
+    ``texts``: the fields that are texts in the first rows; what else they are later is a change of type.
+    ``weight``: as a part of a mix, how often each row is seen in one epoch.
+    """
 
     source: Source
     format: Format
     reason: str
     columns: Mapping[str, str]
+    texts: frozenset[str] = frozenset()
+    weight: float = 1.0
+
+    def chunks(self, chunk_bytes: int = 8 << 20) -> Iterator[Chunk]:
+        """See `Source.chunks`."""
+        return self.source.chunks(chunk_bytes)
+
+    def read(self, chunk: Chunk) -> Iterator[Record | list[Problem]]:
+        """The rows of one chunk in order, each as its record or with everything that is wrong with it.
+
+        Raises:
+            DataError: The file as a whole cannot be read.
+        """
+        for row in self.source.read(chunk):
+            yield [row] if isinstance(row, Problem) else self.convert(row)
 
     def __iter__(self) -> Iterator[Record | list[Problem]]:
-        for row in self.source:
-            yield [row] if isinstance(row, Problem) else self.convert(row)
+        """Every row of every chunk in order, in this process."""
+        for chunk in self.chunks():
+            yield from self.read(chunk)
 
     def convert(self, row: SourceRow) -> Record | list[Problem]:
         """The record of one row, or everything that is wrong with it."""
-        mapped = _with_columns(row, self.columns)
+        mapped = _with_columns(row, self.columns) if self.columns else row
         if isinstance(mapped, list):
             return mapped
-        if self.format.detect(mapped.value) is None:
+        result = self.format.convert(mapped, self.texts)
+        if isinstance(result, list) and not self.format.has_fields(mapped.value):
             others = candidates(mapped.value)
             if others:
-                return [
-                    Problem(
-                        file=row.file,
-                        line=row.line,
-                        field=None,
-                        problem=f"the row is {others[0].title}, the data before it is {self.format.title}",
-                        hint="split the file by format, or remove the row",
-                    )
-                ]
-        return self.format.convert(mapped)
+                problem = f"the row is {others[0].title}, the other rows are {self.format.title}"
+                return [_problem(row, None, problem, "split the file by format, or remove the row")]
+        return result
 
 
 def read(
@@ -56,6 +71,7 @@ def read(
     *,
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
+    weight: float = 1.0,
 ) -> Reading:
     """Recognise the format of ``data`` (anything `resolve` takes) and make it ready to iterate.
 
@@ -63,6 +79,7 @@ def read(
         data: A path, glob, directory, ``datasets.Dataset``, list of dicts, or a `Source`.
         format: One of `FORMAT_NAMES`; recognised from the first rows when not given.
         columns: Field of the format -> column of the data, where they differ.
+        weight: As a part of a mix, how often each row is seen in one epoch.
 
     Raises:
         ConfigError: An unknown format or field name.
@@ -79,7 +96,45 @@ def read(
         raise DataError(_no_column(sample[0], columns))
     among = [each for each in FORMATS if format is None or each.name == format]
     chosen, reason = _choose(rows, among, columns, forced=format)
-    return Reading(source=source, format=chosen, reason=reason, columns=columns)
+    return Reading(
+        source=source, format=chosen, reason=reason, columns=columns, texts=_texts(rows, chosen), weight=weight
+    )
+
+
+def _texts(rows: Iterable[SourceRow], format: Format) -> frozenset[str]:
+    """The names of fields and of messages' parts that are texts in a row."""
+    found: set[str] = set()
+    for row in rows:
+        for name in (*format.required, *format.optional):
+            value = row.value.get(name)
+            if isinstance(value, str):
+                found.add(name)
+            elif value is not None and is_list(value):
+                parts = (part for part in value if isinstance(part, Mapping))
+                found.update(key for part in parts for key in ("content", "value") if isinstance(part.get(key), str))
+    return frozenset(found)
+
+
+def readings_of(
+    data: Any, *, format: str | None = None, columns: Mapping[str, str] | None = None
+) -> tuple[Reading, ...]:
+    """``data`` as the parts of a mix: `Reading`s as they are, anything else read as one part.
+
+    Raises:
+        ConfigError, DataError: See `read`.
+    """
+    if isinstance(data, Reading):
+        return (data,)
+    if isinstance(data, (list, tuple)) and data and all(isinstance(each, Reading) for each in data):
+        return tuple(data)
+    return (read(data, format=format, columns=columns),)
+
+
+def chunks_of(readings: Sequence[Reading], chunk_bytes: int) -> Iterator[tuple[int, Chunk]]:
+    """Every chunk of every reading in order, with the number of its reading."""
+    for number, reading in enumerate(readings):
+        for chunk in reading.chunks(chunk_bytes):
+            yield number, chunk
 
 
 def _choose(
@@ -129,23 +184,17 @@ def _choose_unmatched(rows: Sequence[SourceRow], among: Sequence[Format], forced
 
 
 def _with_columns(row: SourceRow, columns: Mapping[str, str]) -> SourceRow | list[Problem]:
-    if not columns:
-        return row
     missing = [column for column in columns.values() if column not in row.value]
     if missing:
-        return [
-            Problem(
-                file=row.file,
-                line=row.line,
-                field=column,
-                problem=f"the column '{column}' is missing",
-                hint=f"the row has {_listed(row.value)}",
-            )
-            for column in missing
-        ]
+        hint = f"the row has {_listed(row.value)}"
+        return [_problem(row, column, f"the column '{column}' is missing", hint) for column in missing]
     value = {key: item for key, item in row.value.items() if key not in columns.values()}
     value |= {field: row.value[column] for field, column in columns.items()}
-    return SourceRow(file=row.file, line=row.line, value=value)
+    return replace(row, value=value)
+
+
+def _problem(row: SourceRow, field: str | None, problem: str, hint: str) -> Problem:
+    return Problem(file=row.file, line=row.line, field=field, problem=problem, hint=hint, row_group=row.row_group)
 
 
 def _check_names(format: str | None, columns: Mapping[str, str]) -> None:

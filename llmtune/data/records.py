@@ -2,46 +2,87 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from dataclasses import field as field_
 from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk:
+    """A part of one file that can be read alone, cheap to send to another process.
+
+    ``start`` and ``end`` (exclusive, -1: to the end) count bytes (jsonl, txt), row groups (parquet), record batches
+    (arrow) or rows (memory); the other containers are one chunk per file. ``file``: index into `Source.files`.
+    ``first_line``: number of the first line or row in it, from 1.
+    """
+
+    file: int
+    start: int
+    end: int
+    first_line: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """One thing wrong with one row: where it is, what it is, how to mend it."""
+    """One thing wrong with one row: where it is, what it is, how to mend it.
+
+    ``line``: 1-based physical line (jsonl, csv, tsv, txt) or row number in the file (the others).
+    ``row_group``: number of the row group, from 0, for Parquet. ``span``: the bytes of the file that could not be
+    parsed, where it is that.
+    """
 
     file: str
     line: int
     field: str | None
     problem: str
     hint: str
+    row_group: int | None = None
+    span: tuple[int, int] | None = field_(default=None, compare=False, repr=False)
 
     def __str__(self) -> str:
-        where = f"{self.file}:{self.line}:{self.field}" if self.field else f"{self.file}:{self.line}"
-        return f"{where}: {self.problem}"
+        separator = ":" if self.row_group is None else ", "
+        return f"{self.place}{f'{separator}{self.field}' if self.field else ''}: {self.problem}"
+
+    @property
+    def place(self) -> str:
+        """File and line, or row group and row."""
+        if self.row_group is None:
+            return f"{self.file}:{self.line}"
+        return f"{self.file}: row group {self.row_group:,}, row {self.line:,}"
 
     def to_json(self) -> dict[str, Any]:
-        """The keys of ``check --json``."""
-        return {
+        """The keys of ``check --json``; ``row_group`` only where there is one."""
+        document = {
             "file": self.file,
             "line": self.line,
             "field": self.field,
             "problem": self.problem,
             "hint": self.hint,
         }
+        return document if self.row_group is None else document | {"row_group": self.row_group}
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+# Rows, messages and conversations are made by the million: frozen, each would take more than twice as long to make.
+
+
+@dataclass(slots=True, kw_only=True)
 class SourceRow:
-    """One row as it was read. ``line``: 1-based physical line (jsonl, csv, tsv, txt) or row number (the others)."""
+    """One row as it was read. ``line``, ``row_group``: see `Problem`.
+
+    ``raw``: the bytes it was parsed from, where it was JSON. ``clean``: those bytes rule out control characters.
+    """
 
     file: str
     line: int
     value: Mapping[str, Any]
+    raw: bytes | None = None
+    row_group: int | None = None
+    clean: bool = False
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Message:
     """One turn. ``extra`` holds further keys that a template may read (``reasoning_content``, ``tool_call_id``).
 
@@ -67,7 +108,7 @@ class Message:
         return message
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Conversation:
     """Messages that end with the assistant's, and the tools it was offered."""
 
@@ -99,6 +140,34 @@ class PreferencePair:
 
 
 Record = Conversation | Document | PreferencePair
+
+
+def record_text(record: Record) -> str:
+    """All that a record says as one string: the role of every turn, its text and its tool calls, one per line.
+
+    Equal records give equal texts, whatever file and line they come from.
+    """
+    if isinstance(record, Document):
+        return record.text
+    parts: list[str] = []
+    if isinstance(record, Conversation):
+        messages: tuple[Message, ...] = record.messages
+        if record.tools is not None:
+            parts.append(_json_text(record.tools))
+    else:
+        messages = (*record.prompt, *record.chosen, *(record.rejected or ()))
+        if record.label is not None:
+            parts.append(str(record.label))
+    for message in messages:
+        parts.append(message.role)
+        parts.append(message.content)
+        if message.tool_calls is not None:
+            parts.append(_json_text(message.tool_calls))
+    return "\n".join(parts)
+
+
+def _json_text(value: object) -> str:
+    return json.dumps(value, default=str, ensure_ascii=False)  # orjson refuses integers beyond 64 bits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,11 +11,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from llmtune.data.containers import READERS
-from llmtune.data.records import Problem, SourceRow
+from llmtune.data.containers import CONTAINERS
+from llmtune.data.records import Chunk, Problem, SourceRow
 from llmtune.errors import DataError, nearest
 
-CONTAINERS = {
+EXTENSIONS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".json": "json",
@@ -30,6 +30,8 @@ SUPPORTED = ".jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt, or a directory o
 _COMPANION_NAMES = {"dataset_info.json", "state.json", "dataset_dict.json"}
 _COMPANION_SUFFIXES = {"", ".md", ".lock"}
 _ROWS_FILE = "rows"
+# What a row in memory is taken for when they are counted out into chunks.
+_MEMORY_ROW_BYTES = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,27 +68,56 @@ class Source:
                 digest.update(hashlib.sha256(_row_bytes(row)).digest())
         return digest.hexdigest()
 
-    def __iter__(self) -> Iterator[SourceRow | Problem]:
-        """Every row in order, in bounded memory; a row that cannot be read comes as its `Problem`.
+    @property
+    def in_memory(self) -> bool:
+        """Whether these are rows of this process, which others cannot read."""
+        return self.rows is not None
+
+    def chunks(self, chunk_bytes: int = 8 << 20) -> Iterator[Chunk]:
+        """Parts of about ``chunk_bytes`` that can be read alone, found as they are asked for; every row is in one.
 
         Raises:
             DataError: A file as a whole cannot be read.
         """
-        if self.rows is None:
-            for file in self.files:
-                yield from READERS[self.container](file)
+        if self.rows is not None:
+            step = max(1, chunk_bytes // _MEMORY_ROW_BYTES)
+            for start in range(0, len(self.rows), step):
+                yield Chunk(file=0, start=start, end=min(start + step, len(self.rows)), first_line=start + 1)
             return
-        for number, row in enumerate(self.rows, start=1):
-            if isinstance(row, Mapping):
-                yield SourceRow(file=_ROWS_FILE, line=number, value=row)
-            else:
-                yield Problem(
-                    file=_ROWS_FILE,
-                    line=number,
-                    field=None,
-                    problem=f"the row is a {type(row).__name__}, expected a dict",
-                    hint="pass a list of dicts, one per example",
-                )
+        for number, file in enumerate(self.files):
+            for start, end, first_line in CONTAINERS[self.container].parts(file, chunk_bytes):
+                yield Chunk(file=number, start=start, end=end, first_line=first_line)
+
+    def read(self, chunk: Chunk) -> Iterator[SourceRow | Problem]:
+        """The rows of one chunk in order, in bounded memory; a row that cannot be read comes as its `Problem`.
+
+        Raises:
+            DataError: The file as a whole cannot be read.
+        """
+        if self.rows is None:
+            read = CONTAINERS[self.container].read
+            return read(self.files[chunk.file], chunk.start, chunk.end, chunk.first_line)
+        return _read_memory(self.rows, chunk)
+
+    def __iter__(self) -> Iterator[SourceRow | Problem]:
+        """Every row in order, in bounded memory; see `read`."""
+        for chunk in self.chunks():
+            yield from self.read(chunk)
+
+
+def _read_memory(rows: Sequence[object], chunk: Chunk) -> Iterator[SourceRow | Problem]:
+    for index in range(chunk.start, chunk.end):
+        row = rows[index]
+        if isinstance(row, Mapping):
+            yield SourceRow(file=_ROWS_FILE, line=index + 1, value=row)
+        else:
+            yield Problem(
+                file=_ROWS_FILE,
+                line=index + 1,
+                field=None,
+                problem=f"the row is a {type(row).__name__}, expected a dict",
+                hint="pass a list of dicts, one per example",
+            )
 
 
 def resolve(data: Any) -> Source:
@@ -133,7 +164,7 @@ def _from_path(given: str | Path) -> Source:
         raise DataError(_missing(path))
     kinds: dict[str, Path] = {}
     for file in files:
-        kind = CONTAINERS.get(file.suffix.lower())
+        kind = EXTENSIONS.get(file.suffix.lower())
         if kind is None:
             raise DataError(f"{file}: the extension '{file.suffix}' is not supported; expected {SUPPORTED}.")
         kinds.setdefault(kind, file)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from llmtune.data import EncodedDataset, collate, micro_batches
@@ -36,22 +35,24 @@ def score(
     *,
     pad_token_id: int,
     token_budget: int,
+    pad_multiple: int = 1,
     device: torch.device | str,
     rank: int = 0,
     num_ranks: int = 1,
 ) -> Scores:
     """Evaluate ``model`` on every ``num_ranks``-th row of ``data``, starting at row ``rank``.
 
-    Rows are sorted by length and padded to the right; each forward pass holds at most ``token_budget`` padded tokens.
-    The model is put back into the mode it was in.
+    Rows are sorted by length and padded to the right, to a multiple of ``pad_multiple``; each forward pass holds at
+    most ``token_budget`` padded tokens. The model is put back into the mode it was in.
     """
     rows = range(rank, len(data), num_ranks)
     was_training = model.training
     model.eval()
     total, tokens = 0.0, 0
     try:
-        for piece in micro_batches(np.asarray(data.lengths), rows, token_budget=token_budget, max_rows=None):
-            batch = {k: v.to(device) for k, v in collate([data[row] for row in piece], pad_token_id).items()}
+        for piece in micro_batches(data.lengths, rows, token_budget=token_budget, pad_multiple=pad_multiple):
+            padded = collate([data[row] for row in piece], pad_token_id, pad_multiple=pad_multiple)
+            batch = {name: tensor.to(device) for name, tensor in padded.items()}
             total += float(model(**batch, num_items_in_batch=1).loss)
             tokens += int((batch["labels"][:, 1:] != -100).sum())
     finally:

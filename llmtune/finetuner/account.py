@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from llmtune.checkpoints import step_of
 from llmtune.config import RunConfig, store_url
 from llmtune.console import speaker
+from llmtune.data import DataReport
 from llmtune.errors import ConfigError, LlmtuneError, OutputError, Preempted, TrainingError
 from llmtune.finetuner.result import RunResult
 from llmtune.hardware import Hardware
@@ -65,6 +66,17 @@ def require_writable(config: RunConfig) -> None:
         raise OutputError(f"cannot write to {place}: {error.strerror}. Choose another --output.") from None
 
 
+def tell_data(report: DataReport) -> None:
+    """Say what is learned of the data, and what would be worth doing about it."""
+    found = report.supervision
+    if found is not None:
+        learned = f"{found.supervised_tokens:,} of {found.tokens:,} tokens are learned ({found.supervised_share:.0%})"
+        speaker.say(f"supervision: {learned}, every mask proven by decoding")
+    for advice in report.advice:
+        tell = speaker.warn if advice.severity == "warning" else speaker.say
+        tell(f"data: {advice.finding}. {advice.suggestion}")
+
+
 def begin(run: RunDirectory, *, config: RunConfig, plan: Plan, fingerprint: str, hardware: Hardware) -> None:
     """Write what is known before weights load: configuration, plan and environment."""
     run.update_run(
@@ -74,7 +86,7 @@ def begin(run: RunDirectory, *, config: RunConfig, plan: Plan, fingerprint: str,
         seeds={"seed": plan.seed.value},
         parent_run=None,
         model=plan.model.value,
-        data=config.data.path,
+        data=config.data.path or ", ".join(source.path for source in config.data.sources) or None,
         preset=plan.preset.value,
         data_fingerprint=fingerprint,
     )

@@ -14,7 +14,7 @@ from llmtune.console import quieten_libraries, speaker
 from llmtune.data import DataReport
 from llmtune.errors import CheckpointError, ConfigError, HardwareError, did_you_mean
 from llmtune.evaluation import Metric
-from llmtune.finetuner import account, facts
+from llmtune.finetuner import account, facts, rows
 from llmtune.finetuner.result import RunResult
 from llmtune.hardware import Hardware, launch_shortfall, yield_cores
 from llmtune.planning import Plan, make_plan
@@ -73,8 +73,7 @@ class FineTuner:
         Raises:
             DataError: The data cannot be found, or its format cannot be recognised.
         """
-        source, _ = facts.sources_of(self.config, self._data)
-        return facts.check_data(self.config, source)
+        return rows.check_data(rows.inputs_of(self.config, self._data))
 
     def plan(self, hardware: Hardware | None = None) -> Plan:
         """Everything ``train`` would do, each number with its reason.
@@ -86,9 +85,9 @@ class FineTuner:
         """
         quieten_libraries()
         machine = facts.machine_of(self.config, hardware)
-        source, evaluation = facts.sources_of(self.config, self._data)
-        model = facts.model_of(self.config, machine, source, download=False)
-        data = facts.data_of(self.config, model, source, evaluation)
+        inputs = rows.inputs_of(self.config, self._data)
+        model = facts.model_of(self.config, machine, inputs, download=False)
+        data = facts.data_of(self.config, model, inputs)
         return facts.plan_of(self.config, machine, model, data, processes=1)
 
     def train(self) -> RunResult:
@@ -113,18 +112,20 @@ class FineTuner:
             speaker.warn(shortfall)
         self._require_metric()
         account.require_writable(self.config)
-        source, evaluation = facts.sources_of(self.config, self._data)
-        report = facts.check_data(self.config, source)
+        inputs = rows.inputs_of(self.config, self._data)
+        report = rows.check_data(inputs)
         report.raise_if_bad(self.config.data.on_bad_row)
         speaker.say(f"data: {report.rows:,} rows, {report.format} ({report.reason})")
-        model = facts.model_of(self.config, machine, source, download=True)
+        model = facts.model_of(self.config, machine, inputs, download=True)
         with ranks.main_first():  # the main process tokenises, the others map its files
-            data = facts.data_of(self.config, model, source, evaluation)
+            data = facts.data_of(self.config, model, inputs)
+        report = rows.full_report(report, data)
+        account.tell_data(report)
         request = facts.plan_request(self.config, machine, model, data, processes=ranks.size)
         plan = ranks.from_main(make_plan(request) if ranks.is_main else None)
         assert plan is not None
         plan.require_fit()
-        run = self._open_run(ranks, model, data, source.name)
+        run = self._open_run(ranks, model, data, inputs.name)
         if run.run["status"] == "finished":
             speaker.say(f"{run.path} is finished; nothing to do")
             return RunResult.of(run)
@@ -171,7 +172,7 @@ class FineTuner:
         if wanted not in known:
             raise ConfigError("evaluate.metric", [f"got '{wanted}'{did_you_mean(wanted, known)}"])
 
-    def _open_run(self, ranks: Ranks, model: facts.Model, data: facts.Data, data_name: str) -> RunDirectory:
+    def _open_run(self, ranks: Ranks, model: facts.Model, data: rows.Data, data_name: str) -> RunDirectory:
         revision, template = self.config.model.revision, getattr(model.tokenizer, "chat_template", None)
         settings = hashlib.sha256(f"{self.config.identity_hash()}\n{template}".encode()).hexdigest()
         identity = {
@@ -191,7 +192,7 @@ class FineTuner:
         ranks: Ranks,
         machine: facts.Machine,
         model: facts.Model,
-        data: facts.Data,
+        data: rows.Data,
         plan: Plan,
         report: DataReport,
     ) -> tuple[TrainingJob, Path | None]:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.config import RunConfig, load_config
-from llmtune.data import EncodedDataset, resolve
+from llmtune.data import EncodedDataset
 from llmtune.errors import CheckpointError, ConfigError, DataError
 from llmtune.finetuner import facts
+from llmtune.finetuner.rows import inputs_of
 from llmtune.models import ModelLocation, load_tuned, locate, read_spec
 from llmtune.planning import Choice, Plan
 from llmtune.presets import Preset
@@ -114,6 +115,7 @@ class TunedRun:
         settings: dict[str, Any] = {
             "pad_token_id": self.tokenizer.pad_token_id,
             "token_budget": self.plan.token_budget.value,
+            "pad_multiple": self.plan.pad_multiple.value,
             "device": self._device,
         }
         with self._arithmetic():
@@ -176,22 +178,24 @@ class TunedRun:
 
     def _encode(self, data: str) -> EncodedDataset:
         # As training data without a split: every row counts.
-        whole = self.config.data.model_copy(update={"eval_path": None, "eval_fraction": 0.0})
+        whole = self.config.data.model_copy(
+            update={"eval_path": None, "eval_fraction": 0.0, "duplicates": "keep", "sources": ()}
+        )
         config = self.config.model_copy(update={"data": whole})
-        rows = facts.data_of(config, self._model_facts(), resolve(data), None).train
-        assert rows is not None
-        return rows
+        encoded = facts.data_of(config, self._model_facts(), inputs_of(config, data)).train
+        assert encoded is not None
+        return encoded
 
     def _held_out(self) -> EncodedDataset:
-        if self._data is None and self.config.data.path is None:
+        if self._data is None and self.config.data.path is None and not self.config.data.sources:
             raise ConfigError("eval", ["this run was started on rows in memory; give the evaluation data again"])
-        train, evaluation = facts.sources_of(self.config, self._data)
-        if facts.combined_fingerprint(train, evaluation) != self.run.run["data_fingerprint"]:
+        inputs = inputs_of(self.config, self._data)
+        if inputs.fingerprint != self.run.run["data_fingerprint"]:
             raise DataError(
                 f"the data of {self.run.path} have changed since it was trained, so its held-out rows are not known "
                 "any more; name other data with --eval-data"
             )
-        rows = facts.data_of(self.config, self._model_facts(), train, evaluation).eval
-        if rows is None:
+        held_out = facts.data_of(self.config, self._model_facts(), inputs).eval
+        if held_out is None:
             raise ConfigError("eval", ["this run held no rows out; name evaluation data with --eval-data"])
-        return rows
+        return held_out

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import math
 
-from llmtune.data import padded
+from llmtune.errors import ConfigError
 from llmtune.planning.choice import Choice, asked_or
-from llmtune.planning.request import PlanRequest
+from llmtune.planning.memory import BYTES_PER_VALUE, Footprint
+from llmtune.planning.request import PAD_MULTIPLE, PlanRequest
 
 # Padded tokens per forward pass. CPU: 768–1,024 was fastest on 0.1–1B models on two AMX cores; one GPU is bound by
 # kernel launches below 16k tokens at 1B.
 TOKEN_BUDGET = {"cpu": 1024, "accelerator": 16384}
+
+# What one forward and backward pass costs beside its tokens, in tokens. CPU: about 90 for a Llama of four layers, 256
+# wide, on one AMX core, and less the wider a model is. Accelerators are bound by kernel launches: the fewest passes.
+PASS_OVERHEAD_TOKENS = {"cpu": 64, "accelerator": None}
+
+# Architectures of transformers whose attention is proven, per token, to keep packed rows apart (sliding windows too).
+PACKABLE = frozenset({"llama", "mistral", "phi", "phi3", "qwen2", "qwen3"})
 
 # Up to this hidden width one thread is faster than two: builtin:tiny (256 wide) took 0.32 s per update with one thread
 # and 0.38 s with two that yield while waiting, on two AMX cores.
@@ -65,15 +73,69 @@ def token_budget(request: PlanRequest, budget: int, *, fits: bool) -> Choice[int
 
 def micro_batch_size(request: PlanRequest, budget: int, batch: int) -> Choice[int]:
     """Most rows per forward pass."""
-    share, median = request.share(batch), padded(request.stats.length_p50)
-    rows = max(1, budget // median)
-    if rows >= share:
-        reason = f"all {share} rows of an update on one process, as far as {budget:,} tokens hold them"
+    share = request.share(batch)
+    reason = f"all {share} rows of an update on one process, as far as {budget:,} tokens hold them"
+    return asked_or(request.config.train.micro_batch_size, "train.micro_batch_size", Choice(share, reason, "derived"))
+
+
+def pad_multiple(request: PlanRequest) -> Choice[int]:
+    """What widths of padded rows are multiples of."""
+    reasons = {
+        "cpu": "few different shapes: a CPU's matrix kernels are compiled anew for each, about 0.1 s",
+        "accelerator": "tensor cores work on blocks of eight 2-byte values",
+    }
+    return Choice(PAD_MULTIPLE, reasons[request.kind], "derived")
+
+
+def pass_overhead_tokens(request: PlanRequest) -> Choice[int | None]:
+    """What a forward pass costs beside its tokens, in tokens."""
+    overhead = PASS_OVERHEAD_TOKENS[request.kind]
+    if overhead is None:
+        return Choice(None, "an update takes the fewest passes: kernel launches cost more than padding", "derived")
+    return Choice(overhead, "one more pass is worth it where it saves more padding than this", "derived")
+
+
+def packing(request: PlanRequest, budget: int) -> Choice[bool]:
+    """Whether rows are laid end to end instead of being padded."""
+    if request.kind == "cpu":
+        reason = (
+            "padding costs less than the mask of a packed sequence: GSM8K took 1.2 to 1.4 times as long when packed"
+        )
     else:
-        reason = f"{budget:,} tokens hold {rows} rows of the median length, {median} padded tokens"
-    return asked_or(
-        request.config.train.micro_batch_size, "train.micro_batch_size", Choice(min(rows, share), reason, "derived")
-    )
+        reason = (
+            f"attention over variable lengths is not there yet: a packed sequence of {budget:,} tokens would need a "
+            "mask of its square"
+        )
+    return asked_or(request.config.train.packing, "train.packing", Choice(False, reason, "derived"))
+
+
+def require_packable(request: PlanRequest) -> None:
+    """Refuse packing where rows of one sequence are not proven to stay apart.
+
+    Raises:
+        ConfigError: ``train.packing`` with an architecture outside ``PACKABLE``, or with code from the Hub.
+    """
+    if not request.config.train.packing:
+        return
+    problem = None
+    if request.spec.model_type not in PACKABLE:
+        problem = (
+            f"{request.spec.id} is of type '{request.spec.model_type}', and packed rows are proven to stay apart for "
+            f"{', '.join(sorted(PACKABLE))} alone (state-space and linear attention run over the border of rows)"
+        )
+    elif request.config.model.trust_remote_code:
+        problem = "the model may run its repository's own code (model.trust_remote_code), which may mix packed rows"
+    if problem is not None:
+        raise ConfigError("configuration", [f"train.packing: got true, but {problem}; leave it out, rows are padded"])
+
+
+def packing_mask_bytes(request: PlanRequest, footprint: Footprint) -> int:
+    """The masks of one packed sequence: a boolean one, and one as wide as the queries per layer kept for its backward.
+
+    `torch.nn.functional.scaled_dot_product_attention` turns a boolean mask into one of the queries' type.
+    """
+    layers = 1 if footprint.checkpointing else request.spec.shape.layers
+    return footprint.tokens**2 * (1 + BYTES_PER_VALUE[footprint.precision] * layers)
 
 
 def accumulation(request: PlanRequest, budget: int, rows_per_pass: int, batch: int) -> Choice[int]:
@@ -91,8 +153,8 @@ def most_tokens(request: PlanRequest, budget: int, rows_per_pass: int, batch: in
 
 
 def _kind(request: PlanRequest) -> str:
-    return "CPU" if request.device.type == "cpu" else "accelerator"
+    return "CPU" if request.kind == "cpu" else "accelerator"
 
 
 def _usual(request: PlanRequest) -> int:
-    return TOKEN_BUDGET[_kind(request).lower()]
+    return TOKEN_BUDGET[request.kind]

@@ -23,6 +23,9 @@ class Plan:
         updates: Optimizer steps of the whole run.
         token_budget: Most padded tokens per forward pass on one device.
         micro_batch_size: Most rows per forward pass on one device.
+        packing: Whether rows are laid end to end in one sequence instead of being padded.
+        pad_multiple: What the widths of padded rows are multiples of.
+        pass_overhead_tokens: What one more forward pass may cost in padding; None takes the fewest passes.
         accumulation: Forward passes per update on one device, on average (a description, not a setting: one data
             loader item is one update and holds as many micro-batches as its rows need).
         disk_bytes: What the checkpoints that are kept, one being written and the result take on disk.
@@ -44,6 +47,9 @@ class Plan:
     global_batch_size: Choice[int]
     token_budget: Choice[int]
     micro_batch_size: Choice[int]
+    packing: Choice[bool]
+    pad_multiple: Choice[int]
+    pass_overhead_tokens: Choice[int | None]
     accumulation: Choice[int]
     activation_checkpointing: Choice[bool]
     attention: Choice[str]
@@ -105,7 +111,7 @@ class Plan:
             for name, c in document["choices"].items()
         }
         return cls(
-            **choices,
+            **(_BEFORE | choices),
             memory=MemoryEstimate.from_json(document["memory"]),
             time=TimeEstimate.from_json(document["time"]),
             disk_bytes=document["disk_bytes"],
@@ -161,6 +167,14 @@ class Plan:
         widths = [max(len(row[i]) for row in rows) for i in range(3)]
         lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row[:3], widths, strict=True)), row[3]]) for row in rows]
         return "\n".join([*lines, "", self.summary(), *self.notices])
+
+
+# How runs batched whose plans were written before these were part of a plan: a resumed run goes on as it began.
+_BEFORE: dict[str, Choice[Any]] = {
+    "packing": Choice(False, "plans of this age pad rows", "default"),
+    "pad_multiple": Choice(8, "plans of this age pad rows to multiples of eight", "default"),
+    "pass_overhead_tokens": Choice(None, "plans of this age take the fewest passes", "default"),
+}
 
 
 def _shown(value: Any) -> str:

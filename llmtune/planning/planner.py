@@ -37,6 +37,7 @@ def make_plan(request: PlanRequest) -> Plan:
 
 def _best(request: PlanRequest) -> Plan:
     check_request(request)
+    batching.require_packable(request)
     plans = [_assemble(request, way) for way in _ways(request)]
     fitting = [plan for plan in plans if plan.fits]
     if fitting:
@@ -83,10 +84,12 @@ def _assemble(request: PlanRequest, way: _Way) -> Plan:
         tokens=batching.most_tokens(request, way.token_budget, rows_per_pass.value, batch.value),
         checkpointing=way.checkpointing,
     )
-    memory = _memory(request, footprint)
+    packing = batching.packing(request, way.token_budget)
+    memory = _memory(request, footprint, packing=packing.value)
     workload = Workload(
         tokens_per_update=request.mean_length * batch.value / request.processes,
-        length=request.mean_length,
+        # A packed sequence is masked, not cut: every token attends over the whole of it.
+        length=footprint.tokens if packing.value else request.mean_length,
         micro_batches=passes.value,
         updates=updates.value,
         evaluated_tokens=_evaluations(request, evaluate_every.value, updates.value) * _eval_tokens(request),
@@ -109,6 +112,9 @@ def _assemble(request: PlanRequest, way: _Way) -> Plan:
         global_batch_size=batch,
         token_budget=batching.token_budget(request, way.token_budget, fits=memory.fits),
         micro_batch_size=rows_per_pass,
+        packing=packing,
+        pad_multiple=batching.pad_multiple(request),
+        pass_overhead_tokens=batching.pass_overhead_tokens(request),
         accumulation=passes,
         activation_checkpointing=_checkpointing(request, way.checkpointing, fits=memory.fits),
         attention=Choice("sdpa", "exact, and picks the fastest kernel for this device by itself", "default"),
@@ -204,16 +210,25 @@ def _quantization(request: PlanRequest, method: str) -> Choice[str | None]:
     return request.setting("adapter.quantization", "4-bit NormalFloat (arXiv:2305.14314)")
 
 
-def _memory(request: PlanRequest, footprint: Footprint) -> MemoryEstimate:
+def _memory(request: PlanRequest, footprint: Footprint, *, packing: bool) -> MemoryEstimate:
     """Prediction for one process; processes on a CPU share its memory."""
     device = request.device
     sharing = request.processes if device.type == "cpu" else 1
-    return predict_memory(
+    memory = predict_memory(
         request.spec,
         footprint,
         device=str(device),
         total_bytes=device.total_bytes,
         free_bytes=device.free_bytes // sharing,
+    )
+    if not packing:
+        return memory
+    masks = batching.packing_mask_bytes(request, footprint)
+    return replace(
+        memory,
+        terms={**memory.terms, "packing masks": masks},
+        tensor_peak_bytes=memory.tensor_peak_bytes + masks,
+        peak_bytes=memory.peak_bytes + masks,
     )
 
 

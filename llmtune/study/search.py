@@ -14,6 +14,7 @@ from llmtune.config import RunConfig, load_config
 from llmtune.console import speaker
 from llmtune.errors import ConfigError, PlanError, Preempted, TrainingError, did_you_mean
 from llmtune.finetuner import account, facts
+from llmtune.finetuner.rows import check_data, inputs_of
 from llmtune.runs import RunDirectory, number
 from llmtune.study.result import Number, StudyResult, TrialRecord, best_of, shown, write_best
 from llmtune.study.settled import Settled, held, read_settled, study_directory
@@ -107,9 +108,9 @@ class Study:
         """
         from llmtune.study.trials import open_trials
 
-        source, evaluation = facts.sources_of(self.config, self._data)
-        identity = self._identity(facts.combined_fingerprint(source, evaluation))
-        path = study_directory(self.config.output.dir, self.config.output.root, identity, source.name)
+        inputs = inputs_of(self.config, self._data)
+        identity = self._identity(inputs.fingerprint)
+        path = study_directory(self.config.output.dir, self.config.output.root, identity, inputs.name)
         settled = read_settled(path, identity) or self._settle(path.name, identity)
         with held(path, settled) as settled, open_trials(self._storage, path, settled) as trials:
             speaker.say(f"study: {path}")
@@ -146,10 +147,10 @@ class Study:
 
         config = self.config
         machine = facts.machine_of(config)
-        source, evaluation = facts.sources_of(config, self._data)
-        facts.check_data(config, source).raise_if_bad(config.data.on_bad_row)
-        model = facts.model_of(config, machine, source, download=True)
-        data = facts.data_of(config, model, source, evaluation)
+        inputs = inputs_of(config, self._data)
+        check_data(inputs).raise_if_bad(config.data.on_bad_row)
+        model = facts.model_of(config, machine, inputs, download=True)
+        data = facts.data_of(config, model, inputs)
         if data.eval_rows == 0:
             raise ConfigError("study", ["no rows are held out to judge trials on; give --eval-data, or more rows"])
         plan = facts.plan_of(config, machine, model, data, processes=1)

@@ -18,7 +18,7 @@ from llmtune.checkpoints.listing import CheckpointInfo
 from llmtune.config import RunConfig
 from llmtune.console import speaker
 from llmtune.data import EncodedDataset
-from llmtune.errors import Preempted
+from llmtune.errors import ConfigError, Preempted
 from llmtune.evaluation import Metric, Prompt, answer, as_base, prompts_of
 from llmtune.planning import Plan
 from llmtune.runs import RunDirectory
@@ -78,8 +78,11 @@ def run_training(job: TrainingJob, resume_from: Path | None) -> TrainingOutcome:
     """Train, keep the best, answer the sample prompts, save the result.
 
     Raises:
+        ConfigError: Packing, with positions that are not those of the rows alone.
         Preempted: A signal came; the run was saved at the end of its step.
     """
+    if job.plan.packing.value:
+        require_own_positions(job.model.config, int(job.train_data.lengths.max()))
     stop = StopSignal()
     trainer = _trainer(job, stop, resumes=resume_from is not None)
     evaluates = job.eval_data is not None
@@ -101,6 +104,22 @@ def run_training(job: TrainingJob, resume_from: Path | None) -> TrainingOutcome:
     _tell_samples(job, prompts, base_answers, trainer, best)
     _save_final(job, trainer)
     return TrainingOutcome(steps=trainer.state.global_step, metrics=metrics, best_step=best)
+
+
+def require_own_positions(config: Any, longest: int) -> None:
+    """Refuse packing where the rotary frequencies of a row depend on the longest row beside it.
+
+    Raises:
+        ConfigError: ``longrope`` (Phi-3 with 128k context) and rows on both sides of its switch to long frequencies.
+    """
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    switch = rope.get("original_max_position_embeddings")
+    if rope.get("rope_type") == "longrope" and switch is not None and longest > switch:
+        problem = (
+            f"train.packing: got true, but the longest row has {longest:,} tokens, and above {switch:,} this model "
+            "changes the rotary frequencies of all rows of a sequence; leave it out, rows are padded"
+        )
+        raise ConfigError("configuration", [problem])
 
 
 def find_checkpoint(run: RunDirectory) -> Path | None:
@@ -125,6 +144,9 @@ def _trainer(job: TrainingJob, stop: StopSignal, *, resumes: bool) -> UpdateTrai
         global_batch_size=plan.global_batch_size.value,
         token_budget=plan.token_budget.value,
         micro_batch_size=plan.micro_batch_size.value,
+        packing=plan.packing.value,
+        pad_multiple=plan.pad_multiple.value,
+        pass_overhead_tokens=plan.pass_overhead_tokens.value,
         checkpoint_facts=job.checkpoint_facts,
         evaluate=_user_metrics(job) if job.metrics and evaluates else None,
         stop_requested=stop,

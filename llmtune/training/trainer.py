@@ -57,6 +57,9 @@ class LoopSettings:
         global_batch_size: Rows per update over all ranks.
         token_budget: Most padded tokens per forward pass.
         micro_batch_size: Most rows per forward pass.
+        packing: Whether rows of an update are laid end to end instead of being padded; evaluation pads.
+        pad_multiple: Widths of padded rows are multiples of this.
+        pass_overhead_tokens: See `micro_batches`.
         checkpoint_facts: Identity of the run, written to every manifest.
         evaluate: Computes the user's metrics on the model; None when there are none.
         stop_requested: Whether this process was asked to stop; ranks agree on it once per update.
@@ -65,6 +68,9 @@ class LoopSettings:
     global_batch_size: int
     token_budget: int
     micro_batch_size: int
+    packing: bool
+    pad_multiple: int
+    pass_overhead_tokens: int | None
     checkpoint_facts: Mapping[str, Any]
     evaluate: Callable[[torch.nn.Module], dict[str, float]] | None
     stop_requested: Callable[[], bool]
@@ -117,6 +123,7 @@ class UpdateTrainer(Trainer):
         settings = self._settings
         sampler = UpdateSampler(
             self._train_data.lengths,
+            self._train_data.parts,
             global_batch_size=settings.global_batch_size,
             seed=self.args.seed,
             rank=self._ranks.rank,
@@ -126,6 +133,9 @@ class UpdateTrainer(Trainer):
             pad_token_id=self.processing_class.pad_token_id,
             token_budget=settings.token_budget,
             max_rows=settings.micro_batch_size,
+            packing=settings.packing,
+            pad_multiple=settings.pad_multiple,
+            pass_overhead_tokens=settings.pass_overhead_tokens,
         )
         pin = self.args.device.type == "cuda"
         return UpdateLoader(
@@ -133,8 +143,8 @@ class UpdateTrainer(Trainer):
         )
 
     def num_examples(self, dataloader: Any) -> int:
-        """Rows of the training data; the loader's own length counts updates."""
-        return len(self._train_data)
+        """Rows of one epoch; the loader's own length counts updates."""
+        return self._train_data.rows_per_epoch
 
     def floating_point_ops(self, inputs: Any) -> int:
         """Zero: the plan counts arithmetic; upstream's estimate expects one batch, not a list of them."""
@@ -211,6 +221,7 @@ class UpdateTrainer(Trainer):
             data,
             pad_token_id=self.processing_class.pad_token_id,
             token_budget=self._settings.token_budget,
+            pad_multiple=self._settings.pad_multiple,
             device=self.args.device,
             rank=self._ranks.rank,
             num_ranks=self._ranks.size,

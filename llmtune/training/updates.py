@@ -15,7 +15,18 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from llmtune.data import Encoded, EncodedDataset, collate, epoch_order, micro_batches, shard_rows
+from llmtune.data import (
+    Encoded,
+    EncodedDataset,
+    Part,
+    collate,
+    collate_packed,
+    epoch_order,
+    epoch_rows,
+    micro_batches,
+    pack_rows,
+    shard_rows,
+)
 
 IGNORED = -100
 
@@ -25,7 +36,8 @@ class Update:
     """What one rank does in one update.
 
     Attributes:
-        micro_batches: Tensors of each forward pass: ``input_ids``, ``attention_mask``, ``labels``; int64 [rows, seq].
+        micro_batches: Tensors of each forward pass: ``input_ids``, ``labels`` and ``attention_mask`` of padded rows,
+            int64 [rows, seq]; or ``position_ids`` in place of the mask where rows are packed, int64 [1, seq].
         num_rows: Rows of this rank.
         num_tokens: Tokens without padding.
         num_supervised_tokens: Tokens the loss is computed on (the first of a row never is).
@@ -44,10 +56,24 @@ class UpdateSampler(Sampler[list[int]]):
 
     A rank that gets no row of a short last update gets a filler, written as ``~row``: it computes that row with nothing
     supervised, because every rank has to take part in the reduction of gradients.
+
+    Args:
+        lengths: Tokens of every row of the data set, int32 [rows of the data set].
+        parts: The mix that the data set is; None for all its rows once per epoch.
     """
 
-    def __init__(self, lengths: np.ndarray, *, global_batch_size: int, seed: int, rank: int, num_ranks: int) -> None:
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        parts: Sequence[Part] | None = None,
+        *,
+        global_batch_size: int,
+        seed: int,
+        rank: int,
+        num_ranks: int,
+    ) -> None:
         self._lengths, self._batch, self._seed = lengths, global_batch_size, seed
+        self._parts = (Part(num_rows=len(lengths)),) if parts is None else parts
         self._rank, self._num_ranks = rank, num_ranks
         self._epoch = 0
 
@@ -56,10 +82,10 @@ class UpdateSampler(Sampler[list[int]]):
         self._epoch = epoch
 
     def __len__(self) -> int:
-        return math.ceil(len(self._lengths) / self._batch)
+        return math.ceil(epoch_rows(self._parts) / self._batch)
 
     def __iter__(self) -> Iterator[list[int]]:
-        order = epoch_order(len(self._lengths), self._seed, self._epoch)
+        order = epoch_order(self._parts, self._seed, self._epoch)
         for start in range(0, len(order), self._batch):
             rows = [int(row) for row in order[start : start + self._batch]]
             share = shard_rows(rows, self._lengths, self._num_ranks)[self._rank]
@@ -79,18 +105,33 @@ class _Rows(Dataset[tuple[Encoded, bool]]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpdateCollator:
-    """Cuts the rows of one update into padded micro-batches."""
+    """Cuts the rows of one update into forward passes: padded micro-batches, or packed sequences.
+
+    Attributes:
+        token_budget: Most tokens of a pass, padding included.
+        max_rows: Most rows of a pass.
+        packing: Whether rows are laid end to end instead of being padded.
+        pad_multiple: See `micro_batches`.
+        pass_overhead_tokens: See `micro_batches`.
+    """
 
     pad_token_id: int
     token_budget: int
     max_rows: int
+    packing: bool = False
+    pad_multiple: int = 1
+    pass_overhead_tokens: int | None = None
 
     def __call__(self, items: list[tuple[Encoded, bool]]) -> Update:
         """Collate ``items``: a row and whether it is a filler."""
         rows = [row for row, _ in items]
         lengths = np.array([len(row.input_ids) for row in rows])
-        pieces = micro_batches(lengths, range(len(rows)), token_budget=self.token_budget, max_rows=self.max_rows)
-        batches = [collate([rows[i] for i in piece], self.pad_token_id) for piece in pieces]
+        pieces = self._cut(lengths)
+        put_together = collate_packed if self.packing else collate
+        batches = [
+            put_together([rows[i] for i in piece], self.pad_token_id, pad_multiple=self.pad_multiple)
+            for piece in pieces
+        ]
         filler = any(is_filler for _, is_filler in items)
         if filler:
             for batch in batches:
@@ -101,6 +142,19 @@ class UpdateCollator:
             num_tokens=0 if filler else int(lengths.sum()),
             num_supervised_tokens=sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches),
             max_rows=max(len(piece) for piece in pieces),
+        )
+
+    def _cut(self, lengths: np.ndarray) -> list[list[int]]:
+        numbers = range(len(lengths))
+        if self.packing:
+            return pack_rows(lengths, numbers, token_budget=self.token_budget, max_rows=self.max_rows)
+        return micro_batches(
+            lengths,
+            numbers,
+            token_budget=self.token_budget,
+            max_rows=self.max_rows,
+            pad_multiple=self.pad_multiple,
+            pass_overhead_tokens=self.pass_overhead_tokens,
         )
 
 

@@ -1,0 +1,235 @@
+"""What a run learns from and is judged on: found, checked, encoded, freed of what must not be there, held out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmtune.config import RunConfig, cache_dir
+from llmtune.console import speaker
+from llmtune.data import (
+    DataReport,
+    DataStats,
+    Duplicates,
+    EncodedDataset,
+    Groups,
+    Leakage,
+    Reading,
+    advise,
+    check,
+    contamination,
+    duplicate_groups,
+    encode,
+    estimate_stats,
+    read,
+    require_supervised,
+    split,
+)
+from llmtune.errors import ConfigError
+from llmtune.models import ModelSpec
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
+
+# Held out when no evaluation data is given: a tenth, and never more rows than give a steady mean.
+EVAL_FRACTION, MOST_EVAL_ROWS = 0.1, 500
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """The data of a run, recognised but not yet read: the parts of the training data, and evaluation data if given."""
+
+    train: tuple[Reading, ...]
+    evaluation: Reading | None
+
+    @property
+    def trainable(self) -> bool:
+        """Whether all of it can be trained on; judgements of answers cannot."""
+        return all(reading.format.trainable for reading in self.train)
+
+    @property
+    def name(self) -> str:
+        """What a run on this data is called after."""
+        first = self.train[0].source.name
+        return first if len(self.train) == 1 else f"{first}-and-{len(self.train) - 1}-more"
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 that changes when training or evaluation data change."""
+        parts = [reading.source.fingerprint for reading in self.train]
+        parts.append(self.evaluation.source.fingerprint if self.evaluation else "held out")
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Data:
+    """What is learned from and judged on; the rows are None while only estimates are known.
+
+    ``encoded``: all rows that were given for training, before any were held out or dropped as ``duplicates``.
+    """
+
+    train: EncodedDataset | None
+    eval: EncodedDataset | None
+    stats: DataStats
+    eval_rows: int
+    fingerprint: str
+    encoded: EncodedDataset | None = None
+    duplicates: Duplicates | None = None
+    leakage: Leakage | None = None
+
+
+def inputs_of(config: RunConfig, data: Any) -> Inputs:
+    """Training and evaluation data, found and recognised.
+
+    Raises:
+        DataError: The data cannot be found, or its format cannot be recognised.
+        ConfigError: No data is named, or both a path and a mix.
+    """
+    wanted = config.data
+    if data is not None or wanted.path is not None:
+        if wanted.sources:
+            raise ConfigError("data", ["both data.path and data.sources are given; list the path among the sources"])
+        train: tuple[Reading, ...] = (_reading(config, wanted.path if data is None else data),)
+    elif wanted.sources:
+        train = tuple(
+            read(
+                source.path,
+                format=source.format or wanted.format,
+                columns=source.columns or wanted.columns,
+                weight=source.weight,
+            )
+            for source in wanted.sources
+        )
+    else:
+        raise ConfigError(
+            "DATA", ["no data was given; pass a file, a directory or a glob, or --config with data.sources"]
+        )
+    return Inputs(train=train, evaluation=_reading(config, wanted.eval_path) if wanted.eval_path else None)
+
+
+def _reading(config: RunConfig, data: Any) -> Reading:
+    return read(data, format=config.data.format, columns=config.data.columns)
+
+
+def check_data(inputs: Inputs, *, near_duplicates: bool = False) -> DataReport:
+    """Read every row of the training data and collect every problem; nothing is tokenised."""
+    with speaker.progress("checking the data", None) as bar:
+        return check(inputs.train, near_duplicates=near_duplicates, progress=bar.update)
+
+
+def examined(config: RunConfig, inputs: Inputs, tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> Data:
+    """Encode the training data to look at it: nothing is refused, dropped or held out."""
+    whole = _encode(config, inputs.train, tokenizer, spec, "the data", report_only=True)
+    groups = duplicate_groups(whole.digests, whole.signatures)
+    leakage = None
+    if inputs.evaluation is not None:
+        judged = _encode(config, (inputs.evaluation,), tokenizer, spec, "evaluation data", report_only=True)
+        leakage = contamination(whole.digests, whole.signatures, judged.digests, judged.signatures)
+    return Data(
+        train=whole,
+        eval=None,
+        stats=whole.stats,
+        eval_rows=0,
+        fingerprint=inputs.fingerprint,
+        encoded=whole,
+        duplicates=groups.facts(whole.location),
+        leakage=leakage,
+    )
+
+
+def estimate(config: RunConfig, inputs: Inputs, *, bytes_per_token: float, context: int) -> Data:
+    """What is known about the data before there is a tokenizer."""
+    dropped_above = config.data.max_length or context if config.data.too_long != "refuse" else None
+    stats = estimate_stats(inputs.train, bytes_per_token=bytes_per_token, max_length=dropped_above)
+    eval_rows = int(stats.rows * eval_share(config, stats.rows))
+    return Data(train=None, eval=None, stats=stats, eval_rows=eval_rows, fingerprint=inputs.fingerprint)
+
+
+def tokenised(config: RunConfig, inputs: Inputs, tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> Data:
+    """Encoded rows, without those that must not be there, and held-out rows that share no text with them.
+
+    Raises:
+        DataError: Bad rows, rows too long, nothing left, or supervision that would teach something else.
+    """
+    whole = _encode(config, inputs.train, tokenizer, spec, "training data")
+    groups = duplicate_groups(whole.digests, whole.signatures)
+    kept, leakage, held_out = _kept(config, groups), None, None
+    if inputs.evaluation is not None:
+        held_out = _encode(config, (inputs.evaluation,), tokenizer, spec, "evaluation data")
+        leakage = contamination(whole.digests, whole.signatures, held_out.digests, held_out.signatures)
+        if config.data.duplicates != "keep":
+            kept = np.setdiff1d(kept, leakage.training_rows)
+    train = whole if len(kept) == len(whole) else whole.select(kept)
+    if held_out is None and (share := eval_share(config, len(train))) > 0:
+        train, held_out = split(train, share, config.train.seed, groups=groups if train is whole else None)
+    return Data(
+        train=train,
+        eval=held_out,
+        stats=train.stats,
+        eval_rows=0 if held_out is None else len(held_out),
+        fingerprint=inputs.fingerprint,
+        encoded=whole,
+        duplicates=groups.facts(whole.location),
+        leakage=leakage,
+    )
+
+
+def _kept(config: RunConfig, groups: Groups) -> NDArray[np.int64]:
+    """The rows that stay under ``data.duplicates``."""
+    stays = {"keep": np.arange(len(groups.exact)), "drop_exact": groups.exact, "drop_near": groups.kept}
+    return np.unique(stays[config.data.duplicates])
+
+
+def full_report(report: DataReport, data: Data) -> DataReport:
+    """What `check_data` found in the text, and what is known since the rows were encoded."""
+    if data.encoded is None:
+        return report
+    found = data.encoded.facts
+    return replace(
+        report,
+        bad_rows=found.bad_rows,
+        num_problems=found.num_problems,
+        problems=found.problems,
+        supervision=found.supervision,
+        duplicates=data.duplicates or report.duplicates,
+        leakage=data.leakage,
+        advice=advise(report.statistics, data.duplicates, found.supervision, data.leakage),
+    )
+
+
+def eval_share(config: RunConfig, rows: int) -> float:
+    """Share of the rows that is held out for evaluation."""
+    if config.data.eval_fraction is not None:
+        return config.data.eval_fraction
+    return min(EVAL_FRACTION, MOST_EVAL_ROWS / max(rows, 1))
+
+
+def _encode(
+    config: RunConfig,
+    readings: Sequence[Reading],
+    tokenizer: PreTrainedTokenizerBase,
+    spec: ModelSpec,
+    what: str,
+    *,
+    report_only: bool = False,
+) -> EncodedDataset:
+    with speaker.progress(f"tokenising {what}", None) as bar:
+        encoded = encode(
+            readings,
+            tokenizer,
+            max_length=config.data.max_length or spec.context,
+            vocab_size=spec.shape.vocabulary,
+            too_long=config.data.too_long,
+            supervise=config.data.supervise,
+            on_bad_row="report" if report_only else config.data.on_bad_row,
+            cache_dir=cache_dir() / "tokens",
+            progress=bar.update,
+        )
+    if not report_only:
+        require_supervised(encoded.facts.supervision)
+    return encoded
