@@ -42,6 +42,68 @@ def plan(**changes: object) -> dict[str, object]:
     return {"choices": choices, "memory": memory, "time": time, "fits": True, "notices": ["token counts are estimated"]}
 
 
+def data_report(*, text: str = "Where is the order?") -> dict[str, object]:
+    spread = {"total": 96_000, "p50": 80, "p95": 340, "p99": 510, "max": 2210}
+    part = {"value": 7.5, "score": 0.5625, "weight": 0.25, "zero_at": 3.0, "one_at": 11.0}
+    return {
+        "format": "question_answer",
+        "reason": "the rows have 'question' and 'answer'",
+        "rows": 9_600,
+        "bad_rows": 3,
+        "bytes": 1_234_567,
+        "problems": [{"file": text, "line": 7, "field": "answer", "problem": text, "hint": "fix it"}] * 30,
+        "statistics": {
+            "good_rows": 9_597,
+            "size_class": "medium",
+            "chars": spread,
+            "turns": {"total": 9_597, "p50": 1, "p95": 1, "p99": 3, "max": 12},
+            "roles": {"assistant": 9_700, "user": 9_700},
+            "scripts": {"latin": 0.981, "cyrillic": 0.019},
+            "diversity": {"distinct_2": 0.82, "compression_ratio": 0.31},
+            "repetition": {"answer": 0.02, "prompt": 0.0, "most_common_answer": text},
+            "complexity": {"score": 0.4375, "parts": {"log2_answer_chars": part}, "definition": "sum over the parts"},
+            "a_new_one": {"of": {"depth": 0.25}},
+        },
+        "tokens": 1_200_000,
+        "supervised_tokens": 396_000,
+        "supervision": {
+            "length_p50": 110,
+            "length_p95": 300,
+            "length_p99": 480,
+            "length_max": 1_900,
+            "supervised_share_p5": 0.04,
+            "supervised_share_p50": 0.33,
+            "supervised_share_p95": 0.61,
+            "stop_token_supervised": True,
+            "bos_once": False,
+            "ids_in_vocabulary": True,
+            "rows_without_supervision": 0,
+            "rows_truncated": 12,
+            "answer_tokens_lost": 345,
+            "unknown_share": 0.0,
+            "byte_fallback_share": 0.0123,
+        },
+        "duplicates": {
+            "rows": 9_597,
+            "exact_rows": 120,
+            "exact_groups": 40,
+            "near_rows": 31,
+            "near_groups": 9,
+            "examples": [{"file": text, "line": 9, "of_file": text, "of_line": 2, "near": True}],
+        },
+        "leakage": {"rows": 500, "exact_rows": 2, "near_rows": 1, "training_rows": 3, "examples": []},
+        "advice": [
+            {"kind": "near_duplicates", "severity": "info", "finding": f"31 rows repeat {text}", "suggestion": text},
+            {
+                "kind": "duplicates",
+                "severity": "warning",
+                "finding": "120 rows repeat",
+                "suggestion": "Drop them.",
+            },
+        ],
+    }
+
+
 def full_run(path: Path, *, text: str = "Where is the order?", updates: int = 120) -> RunDirectory:
     run = RunDirectory.create(path, identity=IDENTITY)
     best = {"metric": "eval_loss", "value": 0.9, "step": 80}
@@ -244,6 +306,87 @@ def test_measured_time_leaves_out_the_pause_between_two_sessions(tmp_path: Path)
     (run.path / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (whole,) = (item for item in summarise(run.path).predictions if item.name == "time of the whole run")
     assert whole.measured == 90.0
+
+
+def test_the_data_are_told(tmp_path: Path) -> None:
+    run = full_run(tmp_path / "r")
+    run.write_json("data_report.json", data_report())
+    text = page(run).text
+    for told in (
+        "5 warning(s) about the data, see Data below.",
+        "format question_answer (the rows have 'question' and 'answer') rows 9,600 size 1.2 MiB",
+        "tokens 1.2M, 33 % supervised size class medium complexity 0.44 on a scale from 0 to 1",
+        "duplicates 120 exact in 40 groups, 31 near in 9 groups",
+        "evaluation rows also in training 2 exact, 1 near of 500",
+        "median p95 p99 max characters 80 340 510 2,210 answers 1 1 3 12 tokens 110 300 480 1,900",
+        "share of tokens supervised 4.0 % 33 % 61 %",
+        "scripts latin: 98 %, cyrillic: 1.9 %",
+        "roles assistant: 9,700, user: 9,700",
+        "diversity distinct 2: 82 %, compression ratio: 31 %",
+        "a new one of: depth: 25 %",
+        "stop token supervised yes",
+        "answer tokens lost 345",
+        "byte fallback share 1.2 %",
+        "Complexity 0.44",
+        "log2 answer chars 7.5 0.56 25 %",
+        "sum over the parts",
+        "Where is the order?:9 Where is the order?:2 nearly",
+        "10 more are in data_report.json",
+        "statistics · complexity · score 0.4375",
+    ):
+        assert told in text, told
+    notices = [
+        "warning 3 of 9,600 rows have a problem and were left out. The problems are listed below.",
+        "warning Rows do not begin with exactly one beginning-of-text token.",
+        "warning 12 rows were cut to the longest length that is trained on.",
+        "warning 3 evaluation rows are also trained on: the evaluation will flatter.",
+        "warning 120 rows repeat. Drop them.",
+        "info 31 rows repeat Where is the order? Where is the order?",
+    ]
+    places = [text.find(notice) for notice in notices]
+    assert -1 not in places, notices[places.index(-1)]
+    assert places == sorted(places)
+    assert text.count("120 rows repeat") == 1
+
+
+def test_leakage_is_told_once(tmp_path: Path) -> None:
+    run = full_run(tmp_path / "r")
+    advice = [{"kind": "leakage", "severity": "warning", "finding": "3 of 500 leak", "suggestion": "Take them out."}]
+    run.write_json("data_report.json", data_report() | {"advice": advice})
+    text = page(run).text
+    assert "3 of 500 leak. Take them out." in text
+    assert "the evaluation will flatter" not in text
+
+
+def test_data_without_faults_give_no_notice(tmp_path: Path) -> None:
+    run = full_run(tmp_path / "r")
+    report = data_report() | {"bad_rows": 0, "advice": [], "problems": []}
+    report |= {"supervision": {"bos_once": True, "rows_truncated": 0}, "duplicates": {"exact_rows": 0}}
+    run.write_json("data_report.json", report | {"leakage": {"exact_rows": 0, "near_rows": None}})
+    text = page(run).text
+    assert "about the data" not in text
+    assert "duplicates none evaluation rows also in training none" in text
+
+
+@pytest.mark.parametrize("key", sorted(data_report()))
+@pytest.mark.parametrize("odd", [None, 5, "x", [1, {"kind": []}], {"a": [], "b": {"p5": "nan", "p50": None, "p95": 1}}])
+def test_the_data_section_takes_what_is_there(tmp_path: Path, key: str, odd: object) -> None:
+    run = RunDirectory.create(tmp_path / "r", identity={})
+    run.write_json("data_report.json", data_report() | {key: odd})
+    assert "Data" in page(run).text
+    run.write_json("data_report.json", {name: value for name, value in data_report().items() if name != key})
+    assert "Data" in page(run).text
+    run.write_json("data_report.json", {})
+    assert "Figures" not in page(run).text
+
+
+def test_hostile_data_reports_stay_text(tmp_path: Path) -> None:
+    run = RunDirectory.create(tmp_path / "r", identity={})
+    run.write_json("data_report.json", data_report(text=HOSTILE))
+    found = page(run)
+    assert {"script", "img"} & set(found.tags) == set()
+    assert found.loads == []
+    assert found.text.count(HOSTILE) > 5
 
 
 @pytest.mark.parametrize(

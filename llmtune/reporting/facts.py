@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from llmtune.reporting.data_account import DataAccount
 from llmtune.runs import as_json
 
 
@@ -131,6 +132,7 @@ class RunSummary:
         note: What the evaluations say about overfitting, or None.
         data, environment: Rows of name and value.
         next_commands: Rows of purpose and command.
+        data_account: What the rows of ``data`` say, in order; not part of ``to_json``.
         curves: By name of the quantity; not part of ``to_json``.
     """
 
@@ -163,6 +165,7 @@ class RunSummary:
     memory_terms: Mapping[str, float]
     evaluations: tuple[EvaluationRow, ...]
     samples: tuple[Sample, ...]
+    data_account: DataAccount
     data: tuple[tuple[str, Any], ...]
     data_problems: tuple[DataProblem, ...]
     environment: tuple[tuple[str, Any], ...]
@@ -171,7 +174,8 @@ class RunSummary:
 
     def to_json(self) -> dict[str, Any]:
         """The summary as ``show --json`` prints it; the keys of ``runs --json`` are among its keys."""
-        document = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "curves"}
+        left_out = ("curves", "data_account")
+        document = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in left_out}
         data_name, rows = document.pop("data_name"), document.pop("data")
         document |= {"data": data_name, "data_report": dict(rows), "environment": dict(self.environment)}
         document["next_commands"] = dict(self.next_commands)

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from llmtune.reporting.charts import figures, to_html
+from llmtune.reporting.data_account import QUANTILES, DataAccount
 from llmtune.reporting.facts import Prediction, RunSummary
+from llmtune.reporting.pages import page
 from llmtune.reporting.summary import summarise
 from llmtune.runs import RunDirectory
 from llmtune.units import format_bytes, format_count, format_seconds
 
+# Figures of the data that have a table of their own: all of a list, and the workings of a score.
+_TOLD_ELSEWHERE = re.compile(
+    r"advice\.|duplicates\.examples|leakage\.examples|statistics\.complexity\.(parts|definition)"
+)
+# What quantities are called that are counted for each row.
+_PER_ROW = {
+    "chars": "characters",
+    "bytes": "bytes",
+    "answer_chars": "characters in answers",
+    "turns": "answers",
+    "length": "tokens",
+    "supervised_share": "share of tokens supervised",
+}
 # What the page shows of a long list; the whole list is in the named file.
 MOST_PROBLEMS, MOST_SAMPLES, MOST_HAPPENINGS = 20, 20, 200
 
@@ -29,27 +45,16 @@ def write_report(run_dir: Path | str) -> Path:
 
 def render(summary: RunSummary) -> str:
     """The page of one run."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
     from markupsafe import Markup
     from plotly.offline import get_plotlyjs
 
-    environment = Environment(
-        loader=PackageLoader("llmtune.reporting", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     charts = [
         (title, Markup(to_html(figure, f"chart-{index}")))
         for index, (title, figure) in enumerate(figures(summary).items())
     ]
     # plotly.js is the one script; it is a part of the installed package, not of the data.
     script = Markup(get_plotlyjs()) if charts else None
-    page: str = environment.get_template("report.html.j2").render(
-        s=summary, charts=charts, script=script, **_tables(summary)
-    )
-    return page
+    return page("report.html.j2", s=summary, charts=charts, script=script, **_tables(summary))
 
 
 def _tables(summary: RunSummary) -> dict[str, Any]:
@@ -92,11 +97,94 @@ def _tables(summary: RunSummary) -> dict[str, Any]:
         "num_happenings_left_out": max(0, len(summary.happenings) - MOST_HAPPENINGS),
         "samples": summary.samples[:MOST_SAMPLES],
         "num_samples_left_out": max(0, len(summary.samples) - MOST_SAMPLES),
-        "data_rows": [(_title(name), shown(name, value)) for name, value in summary.data],
+        "num_data_warnings": sum(notice.severity == "warning" for notice in summary.data_account.notices),
+        "data": _data(summary.data_account),
+        "data_rows": [
+            (_title(name), shown(name, value)) for name, value in summary.data if not _TOLD_ELSEWHERE.match(name)
+        ],
         "data_problems": summary.data_problems[:MOST_PROBLEMS],
         "num_problems_left_out": max(0, len(summary.data_problems) - MOST_PROBLEMS),
         "environment_rows": [(_title(name), shown(name, value)) for name, value in summary.environment],
     }
+
+
+def _data(account: DataAccount) -> dict[str, Any]:
+    """The tables of the section about the data."""
+    columns = [name for name in QUANTILES if any(name in spread.values for spread in account.spreads)]
+    return {
+        "notices": account.notices,
+        "facts": _data_facts(account),
+        "columns": ["median" if name == "p50" else name for name in columns],
+        "spreads": [
+            (
+                _PER_ROW.get(spread.name, _title(spread.name)),
+                [_quantity(spread.name, spread.values.get(name)) for name in columns],
+            )
+            for spread in account.spreads
+        ],
+        "text": [(_title(name), _quantity(name, value)) for name, value in account.text],
+        "supervision": [(_title(name), _quantity(name, value)) for name, value in account.supervision],
+        "complexity": [
+            (_title(part.name), f"{part.value:.3g}", part.score, f"{part.score:.2f}", _percent(part.weight))
+            for part in account.complexity_parts
+        ],
+        "complexity_score": "" if account.complexity is None else f"{account.complexity:.2f}",
+        "complexity_definition": account.complexity_definition,
+        "repeats": [(item.where, item.of, "nearly" if item.near else "exactly") for item in account.repeats],
+    }
+
+
+def _data_facts(account: DataAccount) -> list[tuple[str, str]]:
+    """The few things to know about the data at a glance."""
+    tokens, supervised = account.tokens, account.supervised_tokens
+    share = f", {_percent(supervised / tokens)} supervised" if tokens and supervised is not None else ""
+    found = [
+        ("format", f"{account.format} ({account.reason})" if account.format and account.reason else account.format),
+        ("rows", None if account.rows is None else f"{account.rows:,}"),
+        ("size", None if account.bytes is None else format_bytes(account.bytes)),
+        ("tokens", None if tokens is None else format_count(tokens) + share),
+        ("size class", account.size_class and _title(account.size_class)),
+        ("complexity", None if account.complexity is None else f"{account.complexity:.2f} on a scale from 0 to 1"),
+        ("duplicates", _duplicates(account.duplicates)),
+        ("evaluation rows also in training", _leakage(account.leakage)),
+    ]
+    return [(name, text) for name, text in found if text]
+
+
+def _duplicates(counts: Mapping[str, float]) -> str | None:
+    told = []
+    for kind, word in (("exact", "exact"), ("near", "near")):
+        rows, groups = counts.get(f"{kind}_rows"), counts.get(f"{kind}_groups")
+        if rows:
+            told.append(f"{rows:,.0f} {word}" + (f" in {groups:,.0f} groups" if groups else ""))
+    return ", ".join(told) or ("none" if counts else None)
+
+
+def _leakage(counts: Mapping[str, float]) -> str | None:
+    exact, near, rows = (counts.get(name) for name in ("exact_rows", "near_rows", "rows"))
+    if exact is None and near is None:
+        return None
+    if not (exact or near):
+        return "none"
+    return f"{exact or 0:,.0f} exact, {near or 0:,.0f} near" + (f" of {rows:,.0f}" if rows else "")
+
+
+def _quantity(name: str, value: Any) -> str:
+    """A figure about the data: what is called a share, or is a fraction in an object, in per cent."""
+    if isinstance(value, Mapping):
+        pieces = (f"{_title(str(key))}: {_quantity('share', item)}" for key, item in value.items())
+        return ", ".join(pieces)
+    if isinstance(value, float) and name.endswith("share") and 0 <= value <= 1:
+        return _percent(value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and not name.endswith(("bytes", "seconds")):
+        return f"{value:,}"
+    return "" if value is None else shown(name, value)
+
+
+def _percent(share: float) -> str:
+    return f"{share * 100:.1f} %" if 0 < share < 0.1 else f"{share * 100:.0f} %"
 
 
 def _facts(summary: RunSummary) -> list[tuple[str, str]]:

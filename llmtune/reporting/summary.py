@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 from llmtune.errors import RunNotFoundError
+from llmtune.reporting.data_account import data_account
 from llmtune.reporting.facts import (
     Curve,
     DataProblem,
@@ -24,6 +25,7 @@ from llmtune.reporting.facts import (
     RunSummary,
     Sample,
 )
+from llmtune.reporting.reading import items, mapping, numbers, text
 from llmtune.reporting.verdict import judge, overfitting_note, state_sentence
 from llmtune.runs import RunDirectory, number
 
@@ -41,28 +43,28 @@ def summarise(run_dir: Path | str) -> RunSummary:
     document = run.run
     events = list(run.events())
     steps, evaluations = run.steps(), _evaluations(run.evaluations())
-    plans = [_mapping(_optional(run, path.name)) for path in run.plans]
+    plans = [mapping(_optional(run, path.name)) for path in run.plans]
     plan = plans[-1] if plans else {}
     happenings = tuple(_happening(event) for event in events if event["event"] in HAPPENINGS)
     failures = tuple(_failures(run))
-    metrics = _metrics(_mapping(document.get("metrics")), evaluations)
+    metrics = _metrics(mapping(document.get("metrics")), evaluations)
     done = max((step["step"] for step in steps), default=0)
     planned = _planned_steps(plan)
     status = str(document.get("status", "planned"))
-    data_report = _mapping(_optional(run, "data_report.json"))
+    data_report = mapping(_optional(run, "data_report.json"))
     return RunSummary(
         name=run.name,
         dir=str(run.path),
         status=status,
-        model=_text(document.get("model")),
-        data_name=_text(document.get("data")),
-        preset=_text(document.get("preset")),
+        model=text(document.get("model")),
+        data_name=text(document.get("data")),
+        preset=text(document.get("preset")),
         command=_command(document.get("command")),
-        started=_text(document.get("started")),
-        finished=_text(document.get("finished")),
+        started=text(document.get("started")),
+        finished=text(document.get("finished")),
         steps=done,
         steps_planned=planned,
-        best=_mapping(document.get("best")) or None,
+        best=mapping(document.get("best")) or None,
         state=state_sentence(status=status, is_live=run.is_live, step=done, of=planned, failures=failures),
         verdict=judge(metrics, is_over=status == "finished"),
         note=overfitting_note(evaluations),
@@ -75,14 +77,15 @@ def summarise(run_dir: Path | str) -> RunSummary:
         happenings=happenings,
         failures=failures,
         plan=tuple(_plan_rows(plan)),
-        plan_notices=tuple(str(notice) for notice in _list(plan.get("notices"))),
+        plan_notices=tuple(str(notice) for notice in items(plan.get("notices"))),
         plan_changes=tuple(_plan_changes(plans, [path.name for path in run.plans])),
-        memory_terms=_numbers(_mapping(_mapping(plan.get("memory")).get("terms"))),
+        memory_terms=numbers(mapping(mapping(plan.get("memory")).get("terms"))),
         evaluations=evaluations,
         samples=tuple(_samples(events)),
+        data_account=data_account(data_report),
         data=tuple(_flat({key: value for key, value in data_report.items() if key != "problems"})),
-        data_problems=tuple(_problem(entry) for entry in _list(data_report.get("problems"))),
-        environment=tuple(_flat(_mapping(_optional(run, "environment.json")))),
+        data_problems=tuple(_problem(entry) for entry in items(data_report.get("problems"))),
+        environment=tuple(_flat(mapping(_optional(run, "environment.json")))),
         next_commands=tuple(_next_commands(run, status)),
         curves=_curves(steps, evaluations),
     )
@@ -92,13 +95,13 @@ def summarise(run_dir: Path | str) -> RunSummary:
 
 
 def _evaluations(events: Iterable[Mapping[str, Any]]) -> tuple[EvaluationRow, ...]:
-    rows = (EvaluationRow(step=event["step"], values=_numbers(event, without=("step",))) for event in events)
+    rows = (EvaluationRow(step=event["step"], values=numbers(event, without=("step",))) for event in events)
     return tuple(row for row in rows if row.values)
 
 
 def _metrics(recorded: Mapping[str, Any], evaluations: tuple[EvaluationRow, ...]) -> tuple[Metric, ...]:
     """Quality measures, base beside tuned: from ``run.json``, else from the first and last evaluation."""
-    known = _numbers(recorded)
+    known = numbers(recorded)
     if not known and evaluations:
         first, last = evaluations[0], evaluations[-1]
         known = _measures(last) if last.step > 0 else {}
@@ -114,7 +117,7 @@ def _measures(row: EvaluationRow) -> dict[str, float]:
 def _predictions(
     plan: Mapping[str, Any], steps: list[dict[str, Any]], events: list[dict[str, Any]], *, is_over: bool
 ) -> tuple[Prediction, ...]:
-    memory, time = _mapping(plan.get("memory")), _mapping(plan.get("time"))
+    memory, time = mapping(plan.get("memory")), mapping(plan.get("time"))
     peaks = [peak for step in steps if (peak := number(step.get("memory_bytes"))) is not None]
     found = (
         Prediction(
@@ -197,7 +200,7 @@ def _happening(event: Mapping[str, Any]) -> Happening:
 
 def _failures(run: RunDirectory) -> Iterator[FailureNote]:
     for path in sorted((run.path / "failures").glob("*.json")):
-        document = _mapping(_optional(run, f"failures/{path.name}"))
+        document = mapping(_optional(run, f"failures/{path.name}"))
         yield FailureNote(
             file=f"failures/{path.name}",
             kind=str(document.get("kind", "unknown")),
@@ -215,14 +218,14 @@ def _samples(events: Iterable[Mapping[str, Any]]) -> Iterator[Sample]:
     for prompt, event in last.items():
         yield Sample(
             prompt=prompt,
-            base=_text(event.get("base")),
-            tuned=_text(event.get("tuned")),
-            reference=_text(event.get("reference")),
+            base=text(event.get("base")),
+            tuned=text(event.get("tuned")),
+            reference=text(event.get("reference")),
         )
 
 
 def _problem(entry: Any) -> DataProblem:
-    row = _mapping(entry)
+    row = mapping(entry)
     kept = {key: str(row.get(key) or "") for key in ("file", "line", "field", "problem", "hint")}
     return DataProblem(**kept)
 
@@ -231,13 +234,13 @@ def _problem(entry: Any) -> DataProblem:
 
 
 def _planned_steps(plan: Mapping[str, Any]) -> int | None:
-    value = number(_mapping(_mapping(plan.get("choices")).get("updates")).get("value"))
+    value = number(mapping(mapping(plan.get("choices")).get("updates")).get("value"))
     return int(value) if value is not None and math.isfinite(value) else None
 
 
 def _plan_rows(plan: Mapping[str, Any]) -> Iterator[PlanRow]:
-    for name, entry in _mapping(plan.get("choices")).items():
-        choice = _mapping(entry)
+    for name, entry in mapping(plan.get("choices")).items():
+        choice = mapping(entry)
         reason, source = str(choice.get("reason", "")), str(choice.get("source", ""))
         yield PlanRow(choice=name.replace("_", " "), value=choice.get("value"), reason=reason, source=source)
 
@@ -271,25 +274,8 @@ def _optional(run: RunDirectory, name: str) -> Any:
         return None
 
 
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
-
-
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else []
-
-
-def _text(value: Any) -> str | None:
-    return None if value is None else str(value)
-
-
 def _command(value: Any) -> str | None:
-    return shlex.join(str(part) for part in value) if isinstance(value, list) else _text(value)
-
-
-def _numbers(values: Mapping[str, Any], without: tuple[str, ...] = ()) -> dict[str, float]:
-    found = {name: number(value) for name, value in values.items() if name not in without}
-    return {name: value for name, value in found.items() if value is not None}
+    return shlex.join(str(part) for part in value) if isinstance(value, list) else text(value)
 
 
 def _moment(value: Any) -> datetime | None:
