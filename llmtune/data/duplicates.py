@@ -59,7 +59,8 @@ def content_digest(text: str) -> int:
     folded = raw.translate(_LOWER, _LEFT_OUT)
     if not folded:
         return xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"), seed=1)
-    return xxh3_64_intdigest(b"%b\0%b" % (folded, b" ".join(raw.translate(_NUMBERS).split())))
+    numbers = b" ".join(raw.translate(_NUMBERS).split())
+    return xxh3_64_intdigest(folded, seed=xxh3_64_intdigest(numbers) if numbers else 0)
 
 
 def signature(text: str) -> bytes:
@@ -79,9 +80,10 @@ def signature(text: str) -> bytes:
 
 
 def _plain(text: str) -> bytes:
-    if not text.isascii():
-        text = unicodedata.normalize("NFC" if _RAISED.search(text) else "NFKC", text).casefold()
-        text = _STOPS.sub(" ", text)
+    if text.isascii():
+        return text.encode()
+    text = unicodedata.normalize("NFC" if _RAISED.search(text) else "NFKC", text).casefold()
+    text = _STOPS.sub(" ", text)
     return text.encode("utf-8", "surrogatepass")
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from llmtune.data.records import Conversation, Document, Record, percentile
 from llmtune.presets.facts import dataset_size
 
-SAMPLE_ROWS = 2_000
+SAMPLE_ROWS = 1_000
 SAMPLE_CHARS = 2_000  # of each row, divided evenly over its messages
 
 _NO_BOUND = 1 << 64
@@ -89,19 +89,21 @@ class TextTally:
             messages, tools = record.messages, record.tools is not None
         else:
             messages, tools = (*record.prompt, *record.chosen), False
-        chars = num_bytes = answer_chars = turns = 0
+        chars = beyond_ascii = answer_chars = turns = 0
         roles = self._roles
         for message in messages:
             content, role = message.content, message.role
             length = len(content)
             chars += length
-            num_bytes += length if content.isascii() else _num_bytes(content)
+            if not content.isascii():
+                beyond_ascii += _num_bytes(content) - length
             roles[role] += 1
             if role == "assistant":
                 answer_chars += length
                 turns += 1
             if message.tool_calls:
                 tools = True
+        num_bytes = chars + beyond_ascii
         self._chars.append(chars)
         self._bytes.append(num_bytes)
         self._answer_chars.append(answer_chars)

@@ -17,6 +17,7 @@ from llmtune.units import format_bytes
 MAX_ROW_BYTES = 16 << 20
 # Where orjson stops; a training example needs a handful of levels.
 _MAX_DEPTH = 1024
+_NESTS = frozenset((dict, list))
 _CHUNK_BYTES = 1 << 20
 _KEY = re.compile(rb'"[ \t\r\n]*:')
 _STRUCTURE = re.compile(rb'["\[\]{},]')
@@ -135,6 +136,25 @@ def _end_of(match: re.Match[bytes] | None) -> int:
 
 
 def _num_keys(value: dict[str, Any]) -> int:
+    """How many keys an object and all below it have; quick for lists of flat objects, as chats are."""
+    count = len(value)
+    for child in value.values():
+        if type(child) is list:
+            for item in child:
+                if type(item) is not dict:
+                    if type(item) is list:
+                        return _num_keys_below(value)
+                    continue
+                count += len(item)
+                for inner in item.values():
+                    if type(inner) is not str and type(inner) in _NESTS:
+                        return _num_keys_below(value)
+        elif type(child) is dict:
+            return _num_keys_below(value)
+    return count
+
+
+def _num_keys_below(value: dict[str, Any]) -> int:
     count = 0
     stack: list[Any] = [value]
     while stack:
@@ -142,9 +162,7 @@ def _num_keys(value: dict[str, Any]) -> int:
         if type(item) is dict:
             count += len(item)
             item = item.values()
-        for child in item:
-            if type(child) is dict or type(child) is list:
-                stack.append(child)
+        stack += [child for child in item if type(child) in _NESTS]
     return count
 
 

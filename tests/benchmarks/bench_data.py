@@ -187,26 +187,40 @@ def bench_cache(path: Path, tokenizer: Any, directory: Path) -> dict[str, Any]:
 
 def bench_batches(lengths: np.ndarray, token_budget: int) -> list[dict[str, Any]]:
     """Padding and packing inside effective batches of one epoch."""
-    from llmtune.data import Part, epoch_order, micro_batches, packed_rows
+    from llmtune.data import Part, epoch_order, micro_batches, pack_rows, padded
+    from llmtune.planning.batching import PASS_OVERHEAD_TOKENS
 
-    order = epoch_order([Part(num_rows=len(lengths), weight=1.0)], 42, 0)
+    order = epoch_order([Part(num_rows=len(lengths))], 42, 0)
     found = []
     for batch in (16, 64, 256):
-        padded = greedy = real = packed = 0
+        filled = fewest_filled = greedy = real = packed = passes = fewest_passes = 0
         seconds = []
         for first in range(0, min(len(order), 40 * batch) - batch + 1, batch):
             rows = order[first : first + batch].tolist()
             start = time.perf_counter()
-            pieces = micro_batches(lengths, rows, token_budget=token_budget, multiple=1)
+            pieces = micro_batches(
+                lengths,
+                rows,
+                token_budget=token_budget,
+                pad_multiple=8,
+                pass_overhead_tokens=PASS_OVERHEAD_TOKENS["cpu"],
+            )
             seconds.append(time.perf_counter() - start)
-            padded += sum(len(piece) * int(lengths[piece].max()) for piece in pieces)
-            greedy += _greedy_padded(lengths[rows], token_budget)
+            filled += sum(len(piece) * padded(int(lengths[piece].max()), 8) for piece in pieces)
+            passes += len(pieces)
+            fewest = micro_batches(lengths, rows, token_budget=token_budget, pad_multiple=8)
+            fewest_filled += sum(len(piece) * padded(int(lengths[piece].max()), 8) for piece in fewest)
+            fewest_passes += len(fewest)
+            greedy += _greedy_filled(lengths[rows], token_budget)
             real += int(lengths[rows].sum())
-            packed += len(packed_rows(lengths, rows, token_budget=token_budget)) * token_budget
+            packed += len(pack_rows(lengths, rows, token_budget=token_budget)) * token_budget
         found.append(
             {
                 "global_batch_size": batch,
-                "padding": 1 - real / padded,
+                "padding": 1 - real / filled,
+                "passes": passes,
+                "padding_with_the_fewest_passes": 1 - real / fewest_filled,
+                "fewest_passes": fewest_passes,
                 "padding_of_a_greedy_cut": 1 - real / greedy,
                 "packing_efficiency": real / packed,
                 "milliseconds_per_update": 1e3 * statistics.median(seconds),
@@ -215,10 +229,10 @@ def bench_batches(lengths: np.ndarray, token_budget: int) -> list[dict[str, Any]
     return found
 
 
-def _greedy_padded(lengths: np.ndarray, budget: int) -> int:
+def _greedy_filled(lengths: np.ndarray, budget: int) -> int:
     """Padded tokens when rows, longest first, fill one micro-batch after the other."""
     total, longest, count = 0, 0, 0
-    for length in sorted(lengths.tolist(), reverse=True):
+    for length in sorted((-(-length // 8) * 8 for length in lengths.tolist()), reverse=True):
         if count and (count + 1) * longest <= budget:
             count += 1
         else:
