@@ -15,6 +15,7 @@ import test_data_support
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from llmtune.cli import main
 from llmtune.data import check, encode, read, resolve
 from llmtune.data import scan as scan_module
 from llmtune.data.check import data_report
@@ -89,7 +90,7 @@ PLANTED: list[tuple[bytes, str | None, str]] = [
 ]
 
 
-def test_twenty_planted_problems_are_listed_with_their_lines_and_nothing_else(tmp_path):
+def test_twenty_planted_problems_are_listed_with_their_lines_and_nothing_else(tmp_path, capsys):
     assert len(PLANTED) == 20
     lines, expected = [line(GOOD)] * 3, []
     for bad, field, text in PLANTED:
@@ -107,6 +108,9 @@ def test_twenty_planted_problems_are_listed_with_their_lines_and_nothing_else(tm
     with pytest.raises(DataError, match="20 problems"):
         report.raise_if_bad()
     report.raise_if_bad("skip")
+    assert main(["check", str(path), "--json"]) == DataError.exit_code == 3
+    document = json.loads(capsys.readouterr().out)
+    assert [problem["line"] for problem in document["problems"]] == [number for number, *_ in expected]
 
 
 ORDERS = [

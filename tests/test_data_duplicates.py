@@ -103,7 +103,7 @@ def test_a_digest_is_64_bits_and_stays_what_it_is():
     assert content_digest("Größe: 12,5 cm") == DIGEST_UMLAUT
 
 
-DIGEST, DIGEST_UMLAUT = 0x8191F898F14647BD, 0x1FCB0CE82DB59094
+DIGEST, DIGEST_UMLAUT = 0xC311F277E22C78D8, 0x210FBC552914550B
 
 
 def significant(text: str) -> list[str]:

@@ -237,6 +237,12 @@ class Learned:
     supervised_share_p50: float = 0.4
     unknown_share: float = 0.0
     byte_fallback_share: float = 0.01
+    rows_too_long: int = 0
+    rows_truncated: int = 0
+    rows_dropped: int = 0
+    tokens_lost: int = 0
+    answer_tokens_lost: int = 0
+    turns_lost: int = 0
 
 
 @pytest.fixture(scope="module")
@@ -308,6 +314,7 @@ def test_advice_about_duplicates(well, given, expected):
         ({"supervised_share_p50": 0.02}, [("low_supervision", "warning")]),
         ({"unknown_share": 0.01}, [("unknown_tokens", "warning")]),
         ({"byte_fallback_share": 0.2}, [("byte_fallback", "warning")]),
+        ({"rows_too_long": 3, "rows_dropped": 3, "tokens_lost": 9_000}, [("too_long", "warning")]),
     ],
 )
 def test_advice_about_supervision(well, change, expected):
@@ -325,9 +332,11 @@ def test_flags_in_advice_are_keys_of_the_configuration(well):
     from llmtune.config import RunConfig
 
     poor = well | {"good_rows": 3, "diversity": {"distinct_2": 0.1, "compression_ratio": 0.1}}
-    learned = Learned(length_max=90_000, supervised_share_p50=0.0, unknown_share=1.0, byte_fallback_share=1.0)
+    learned = Learned(
+        length_max=90_000, supervised_share_p50=0.0, unknown_share=1.0, byte_fallback_share=1.0, rows_too_long=1
+    )
     found = advise(poor, duplicates(exact=9, near=9), learned, leakage(1, 1))
-    assert len(found) == 9
+    assert len(found) == 10
     assert [advice.severity for advice in found] == sorted((a.severity for a in found), reverse=True)
     flags = re.findall(r"--set (\w+)\.(\w+)=(\w+)", " ".join(advice.suggestion for advice in found))
     assert len(flags) >= 6

@@ -84,7 +84,15 @@ def _rows(wanted: RunConfig, *, rows: int, line: int) -> tuple[str, list[Preview
     inputs = inputs_of(wanted, None)
     model = facts.model_of(wanted, facts.machine_of(wanted), inputs, download=True)
     encoder = ChatEncoder(model.tokenizer, supervise=wanted.data.supervise)
-    return model.spec.id, take_apart(inputs.train[0], encoder, rows=rows, line=line)
+    found = take_apart(
+        inputs.train[0],
+        encoder,
+        rows=rows,
+        line=line,
+        max_length=wanted.data.max_length or model.spec.context,
+        too_long=wanted.data.too_long,
+    )
+    return model.spec.id, found
 
 
 class _Display:

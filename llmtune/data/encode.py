@@ -19,7 +19,7 @@ from llmtune.data.reading import Reading, bad_rows_error, chunks_of, readings_of
 from llmtune.data.records import Chunk, Conversation, Document, Problem, Record, record_text
 from llmtune.data.spans import Supervise
 from llmtune.data.supervision import SupervisionTally
-from llmtune.data.truncation import left_out, shorten
+from llmtune.data.truncation import TooLong, left_out, shorten
 from llmtune.data.workers import ordered_map, worker_count
 from llmtune.errors import DataError
 
@@ -34,7 +34,6 @@ _PARALLEL_BYTES = 32 << 20
 _KEPT_PROBLEMS = 10_000
 _KEPT_TOO_LONG = 10
 
-TooLong = Literal["refuse", "drop", "left", "turns"]
 OnBadRow = Literal["error", "skip", "report"]
 
 

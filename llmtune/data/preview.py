@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import dropwhile, islice, takewhile
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from llmtune.data.masks import ChatEncoder, Encoded
 from llmtune.data.reading import Reading, require_trainable
 from llmtune.data.records import Conversation, Document, Problem, Record
+from llmtune.data.truncation import TooLong, left_out, shorten
 from llmtune.errors import DataError
 
 # What a decoder writes for bytes that are not, or not yet, a character.
@@ -64,7 +65,15 @@ class PreviewRow:
         }
 
 
-def preview(reading: Reading, encoder: ChatEncoder, *, rows: int = 3, line: int = 1) -> list[PreviewRow]:
+def preview(
+    reading: Reading,
+    encoder: ChatEncoder,
+    *,
+    rows: int = 3,
+    line: int = 1,
+    max_length: int | None = None,
+    too_long: TooLong = "refuse",
+) -> list[PreviewRow]:
     """Encode some rows as training would and take them apart; a row that cannot be encoded comes with its problems.
 
     Args:
@@ -72,6 +81,8 @@ def preview(reading: Reading, encoder: ChatEncoder, *, rows: int = 3, line: int 
         encoder: The model's tokenizer and chat template.
         rows: How many rows.
         line: Start at the first row of this line (row number in containers without lines) or a later one.
+        max_length: Longest row in tokens; longer ones are shown as they will be trained on, with a note.
+        too_long: What will be done with longer rows.
 
     Raises:
         DataError: There is no such line, or data that is not for supervised training.
@@ -87,12 +98,38 @@ def preview(reading: Reading, encoder: ChatEncoder, *, rows: int = 3, line: int 
     for item in chosen:
         file, number = _place(item)
         result = next(encoded) if isinstance(item, (Conversation, Document)) else item
-        if isinstance(result, Encoded):
-            found.append(_taken_apart(file, number, result, encoder.tokenizer))
+        if isinstance(item, (Conversation, Document)) and isinstance(result, Encoded):
+            notes: tuple[Problem, ...] = ()
+            if max_length is not None and len(result.input_ids) > max_length:
+                result, notes = _cut(encoder, item, result, max_length, too_long)
+            row = _taken_apart(file, number, result, encoder.tokenizer)
+            found.append(replace(row, problems=notes))
         elif isinstance(result, (Problem, list)):
             problems = (result,) if isinstance(result, Problem) else tuple(result)
             found.append(PreviewRow(file=file, line=number, problems=problems))
     return found
+
+
+def _cut(
+    encoder: ChatEncoder, record: Conversation | Document, encoded: Encoded, max_length: int, too_long: TooLong
+) -> tuple[Encoded, tuple[Problem, ...]]:
+    """What is left of a row that is too long, or all of it where it is left out; and a note that says so."""
+    if too_long == "left" or too_long == "turns":
+        cut = shorten(encoder, record, encoded, max_length=max_length, policy=too_long)
+    else:
+        cut = left_out(encoded)
+    if cut.encoded is not None:
+        fate = f"is cut by {cut.tokens_lost:,} tokens, {cut.answer_tokens_lost:,} of them of answers"
+    else:
+        fate = "would be refused" if too_long == "refuse" else "is left out"
+    note = Problem(
+        file=record.file,
+        line=record.line,
+        field=None,
+        problem=f"the row has {len(encoded.input_ids):,} tokens, more than data.max_length={max_length}; it {fate}",
+        hint="choose with --set data.max_length and data.too_long=refuse|drop|left|turns",
+    )
+    return cut.encoded or encoded, (note,)
 
 
 def token_texts(decode: Callable[[list[int]], str], ids: list[int]) -> list[str]:

@@ -13,7 +13,8 @@ from llmtune.data.records import Conversation, Document
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-Policy = Literal["left", "turns"]
+TooLong = Literal["refuse", "drop", "left", "turns"]
+Policy = Literal["left", "turns"]  # of these, the ones that keep something of a row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

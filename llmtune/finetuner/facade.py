@@ -200,7 +200,7 @@ class FineTuner:
         import torch
         from transformers import set_seed
 
-        from llmtune.models import load_for_training
+        from llmtune.models import load_for_training, require_lasting
         from llmtune.training import TrainingJob
 
         resume_from = ranks.from_main(self._checkpoint(run) if ranks.is_main else None)
@@ -216,7 +216,9 @@ class FineTuner:
             for notice in plan.notices:
                 speaker.warn(notice)
         assert model.location is not None
+        assert model.tokenizer is not None
         assert data.train is not None
+        require_lasting(model.tokenizer)
         torch.set_num_threads(plan.threads.value)
         set_seed(plan.seed.value)
         weights = load_for_training(

@@ -6,7 +6,7 @@ from llmtune.models.locate import ModelLocation, locate, preset_of
 from llmtune.models.spec import LinearModule, ModelSpec, read_spec, spec_from_entry
 
 if TYPE_CHECKING:
-    from llmtune.models.load import load_for_training, load_tokenizer, load_tuned
+    from llmtune.models.load import load_for_training, load_tokenizer, load_tuned, require_lasting
 
 __all__ = [
     "LinearModule",
@@ -18,12 +18,13 @@ __all__ = [
     "locate",
     "preset_of",
     "read_spec",
+    "require_lasting",
     "spec_from_entry",
 ]
 
 
 def __getattr__(name: str) -> object:
-    if name in ("load_for_training", "load_tokenizer", "load_tuned"):  # these import torch
+    if name in ("load_for_training", "load_tokenizer", "load_tuned", "require_lasting"):  # these import torch
         from llmtune.models import load
 
         return getattr(load, name)

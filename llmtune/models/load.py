@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,32 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+# Words, digits, spaces, line breaks, other scripts: what tokenizers treat differently.
+_PROBE = "Hello, world! It costs 12,345.60\n\n  naïve ÄÖÜ 日本語 🙂\tend "
+
+
+def require_lasting(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Prove that the tokenizer saved with the result is the one that is trained with, chat template included.
+
+    Raises:
+        ModelError: Saved and loaded again it writes prompts or token ids differently.
+    """
+    from transformers import AutoTokenizer
+
+    with tempfile.TemporaryDirectory() as directory:
+        tokenizer.save_pretrained(directory)
+        again = AutoTokenizer.from_pretrained(directory)
+    probe = _PROBE + "".join(tokenizer.all_special_tokens)
+    problems = []
+    if again.chat_template != tokenizer.chat_template:
+        problems.append("it has another chat template, so prompts would not be as in training")
+    if again(probe)["input_ids"] != tokenizer(probe)["input_ids"]:
+        problems.append("it gives other token ids, so the model would not read what it has learned")
+    if problems:
+        raise ModelError(
+            f"the tokenizer of {tokenizer.name_or_path} is not the same once saved and loaded again: "
+            f"{'; '.join(problems)}. Nothing was trained. Update transformers, or use another copy of the model."
+        )
 
 
 def load_tokenizer(location: ModelLocation, chat_template: str | None = None) -> PreTrainedTokenizerBase:
