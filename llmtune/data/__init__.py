@@ -15,7 +15,7 @@ from llmtune.data.masks import ChatEncoder, Encoded
 from llmtune.data.packing import collate_packed, pack_rows
 from llmtune.data.partition import micro_batches, padded, shard_rows
 from llmtune.data.preview import preview
-from llmtune.data.reading import Reading, read
+from llmtune.data.reading import Reading, read, summarise
 from llmtune.data.records import (
     Conversation,
     DataStats,
@@ -73,5 +73,6 @@ __all__ = [
     "resolve",
     "shard_rows",
     "split",
+    "summarise",
     "write_fixed",
 ]

@@ -23,7 +23,8 @@ class DataReport:
     """Everything `check` found. ``rows`` counts all rows, ``bad_rows`` those with a problem.
 
     ``problems``: the first 10,000 of ``num_problems``, in the order of files and lines. ``supervision`` and ``leakage``
-    are known once the rows were encoded for a model, and compared with evaluation data.
+    are known once the rows were encoded for a model, and compared with evaluation data. ``dropped_duplicates``: rows
+    that a run left out because they repeat others.
     """
 
     format: str
@@ -35,6 +36,7 @@ class DataReport:
     problems: tuple[Problem, ...]
     statistics: Mapping[str, Any]
     duplicates: Duplicates
+    dropped_duplicates: int = 0
     advice: tuple[Advice, ...] = ()
     supervision: Supervision | None = None
     leakage: Leakage | None = None
@@ -65,6 +67,7 @@ class DataReport:
             "problems": [problem.to_json() for problem in self.problems],
             "statistics": dict(self.statistics),
             "duplicates": self.duplicates.to_json(),
+            "dropped_duplicates": self.dropped_duplicates,
             "advice": [each.to_json() for each in self.advice],
         }
         if self.supervision is not None:

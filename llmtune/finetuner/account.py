@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from llmtune.checkpoints import step_of
 from llmtune.config import RunConfig, store_url
 from llmtune.console import speaker
-from llmtune.data import DataReport
+from llmtune.data import DataReport, summarise
 from llmtune.errors import ConfigError, LlmtuneError, OutputError, Preempted, TrainingError
 from llmtune.finetuner.result import RunResult
 from llmtune.hardware import Hardware
@@ -72,6 +72,11 @@ def tell_data(report: DataReport) -> None:
     if found is not None:
         learned = f"{found.supervised_tokens:,} of {found.tokens:,} tokens are learned ({found.supervised_share:.0%})"
         speaker.say(f"supervision: {learned}, every mask proven by decoding")
+    if report.bad_rows:
+        listed = summarise(report.problems, more=report.num_problems - len(report.problems))
+        speaker.warn(f"data: {report.bad_rows:,} of {report.rows:,} rows are skipped: {listed}")
+    if report.dropped_duplicates:
+        speaker.say(f"data: {report.dropped_duplicates:,} rows are left out because they repeat others or the evaluation data")
     for advice in report.advice:
         tell = speaker.warn if advice.severity == "warning" else speaker.say
         tell(f"data: {advice.finding}. {advice.suggestion}")

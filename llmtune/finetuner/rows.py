@@ -70,7 +70,8 @@ class Inputs:
 class Data:
     """What is learned from and judged on; the rows are None while only estimates are known.
 
-    ``encoded``: all rows that were given for training, before any were held out or dropped as ``duplicates``.
+    ``encoded``: all rows that were given for training, before any were held out or, ``num_dropped``, left out as
+    duplicates. ``duplicates``, ``leakage``: among all of them.
     """
 
     train: EncodedDataset | None
@@ -79,6 +80,7 @@ class Data:
     eval_rows: int
     fingerprint: str
     encoded: EncodedDataset | None = None
+    num_dropped: int = 0
     duplicates: Duplicates | None = None
     leakage: Leakage | None = None
 
@@ -174,6 +176,7 @@ def tokenised(config: RunConfig, inputs: Inputs, tokenizer: PreTrainedTokenizerB
         eval_rows=0 if held_out is None else len(held_out),
         fingerprint=inputs.fingerprint,
         encoded=whole,
+        num_dropped=len(whole) - len(kept),
         duplicates=groups.facts(whole.location),
         leakage=leakage,
     )
@@ -190,6 +193,9 @@ def full_report(report: DataReport, data: Data) -> DataReport:
     if data.encoded is None:
         return report
     found = data.encoded.facts
+    worth_telling = data.duplicates, data.leakage
+    if data.num_dropped:
+        worth_telling = None, None  # the person has decided about them
     return replace(
         report,
         bad_rows=found.bad_rows,
@@ -197,8 +203,9 @@ def full_report(report: DataReport, data: Data) -> DataReport:
         problems=found.problems,
         supervision=found.supervision,
         duplicates=data.duplicates or report.duplicates,
+        dropped_duplicates=data.num_dropped,
         leakage=data.leakage,
-        advice=advise(report.statistics, data.duplicates, found.supervision, data.leakage),
+        advice=advise(report.statistics, worth_telling[0], found.supervision, worth_telling[1]),
     )
 
 
