@@ -55,12 +55,13 @@ def test_little_work_stays_in_this_process() -> None:
 @pytest.mark.fault
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_no_worker_outlives_its_parent(sent: signal.Signals) -> None:
-    parent = psutil.Popen([sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    assert parent.stdout.readline() == b"one\n"
-    children = parent.children(recursive=True)
-    assert len(children) >= 2
-    parent.send_signal(sent)
-    parent.wait(20)
+    command = [sys.executable, "-c", SCRIPT]
+    with psutil.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as parent:
+        assert parent.stdout.readline() == b"one\n"
+        children = parent.children(recursive=True)
+        assert len(children) >= 2
+        parent.send_signal(sent)
+        parent.wait(20)
     deadline = time.monotonic() + 20
     while any(_lives(child) for child in children) and time.monotonic() < deadline:
         time.sleep(0.1)

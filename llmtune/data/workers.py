@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -45,7 +46,9 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], *, pr
     from loky import ProcessPoolExecutor
 
     # loky starts fresh interpreters that do not run the caller's script again, so a script needs no __main__ guard.
-    pool = ProcessPoolExecutor(max_workers=processes, initializer=_install, initargs=(function,), env=_ENVIRONMENT)
+    pool = ProcessPoolExecutor(
+        max_workers=processes, initializer=_install, initargs=(function, os.getpid()), env=_ENVIRONMENT
+    )
     waiting: deque[Any] = deque()
     done = False
     try:
@@ -63,12 +66,14 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], *, pr
 _function: Callable[[Any], Any] | None = None
 
 
-def _install(function: Callable[[Any], Any]) -> None:
+def _install(function: Callable[[Any], Any], parent: int) -> None:
     global _function
     _function = function
     # Rows are trees: without cycles, the collector of cycles finds nothing and costs a tenth of the time.
     gc.set_threshold(100_000)
     follow_parent()  # else it would wait for ever for the next item of a parent that was killed
+    if os.getppid() != parent:  # it was killed before the kernel could be asked
+        os._exit(1)
 
 
 def _call(item: Any) -> Any:

@@ -76,7 +76,9 @@ def tell_data(report: DataReport) -> None:
         listed = summarise(report.problems, more=report.num_problems - len(report.problems))
         speaker.warn(f"data: {report.bad_rows:,} of {report.rows:,} rows are skipped: {listed}")
     if report.dropped_duplicates:
-        speaker.say(f"data: {report.dropped_duplicates:,} rows are left out because they repeat others or the evaluation data")
+        speaker.say(
+            f"data: {report.dropped_duplicates:,} rows are left out because they repeat others or the evaluation data"
+        )
     for advice in report.advice:
         tell = speaker.warn if advice.severity == "warning" else speaker.say
         tell(f"data: {advice.finding}. {advice.suggestion}")
