@@ -283,6 +283,20 @@ def test_processes_and_chunks_do_not_change_the_rows(tmp_path, tok, monkeypatch)
     assert (one.signatures == two.signatures).all()
 
 
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_a_large_file_is_encoded_piece_by_piece(tmp_path, tok, monkeypatch, suffix):
+    path = tmp_path / f"d{suffix}"
+    path.write_bytes(orjson.dumps(rows(900)) if suffix == ".json" else b"\n".join(map(orjson.dumps, rows(900))))
+    whole = encode(path, tok, template=CHATML, cache_dir=tmp_path / "whole")
+    monkeypatch.setattr(sys.modules["llmtune.data.encode"], "_PIECE_TOKENS", 1_000)
+    done = []
+    pieces = encode(path, tok, template=CHATML, cache_dir=tmp_path / "pieces", progress=done.append)
+    assert len(done) > 3
+    assert pieces.facts == whole.facts
+    assert pieces.lengths.tolist() == whole.lengths.tolist()
+    assert pieces[899].input_ids.tolist() == whole[899].input_ids.tolist()
+
+
 # ── mixes ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -120,6 +120,17 @@ def test_near_duplicates_never_lie_on_both_sides(tokenizer: Any, spec: ModelSpec
     assert len(data.eval) > 10
 
 
+def test_among_very_many_rows_only_exact_repeats_are_looked_for(
+    tokenizer: Any, spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "MOST_COMPARED_ROWS", 20)
+    items = [*(story(n) for n in range(30)), story(3), story(5, end=" so.")]
+    config = configured(eval_fraction=0.0)
+    data = rows.tokenised(config, rows.inputs_of(config, items), tokenizer, spec)
+    assert data.duplicates is not None
+    assert (data.duplicates.exact_rows, data.duplicates.near_rows) == (1, None)
+
+
 def test_evaluation_rows_that_are_trained_on_are_told_and_can_be_left_out(
     tmp_path: Path, tokenizer: Any, spec: ModelSpec
 ) -> None:

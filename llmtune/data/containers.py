@@ -354,3 +354,5 @@ CONTAINERS: dict[str, Container] = {
     "arrow": Container(parts=arrow_parts, read=read_arrow),
     "txt": Container(parts=line_parts, read=read_txt),
 }
+# What comes in parts of bounded size; the others are one part per file, however large.
+DIVISIBLE = frozenset(name for name, container in CONTAINERS.items() if container.parts is not _whole_file)

@@ -31,6 +31,8 @@ _BATCH_RECORDS = 256
 _CHUNK_BYTES = 1 << 20
 # Below this, workers cost more (they import transformers) than they save.
 _PARALLEL_BYTES = 32 << 20
+# Rows are handed on after so many tokens, 5 MB of ids and masks.
+_PIECE_TOKENS = 1 << 20
 _KEPT_PROBLEMS = 10_000
 _KEPT_TOO_LONG = 10
 
@@ -110,7 +112,7 @@ class _Job:
         return _Tally(supervision=SupervisionTally.of(self.encoder, vocab_size=self.vocab_size))
 
     def worker_count(self) -> int:
-        if any(reading.source.in_memory for reading in self.readings):
+        if not all(reading.source.divisible for reading in self.readings):
             return 1
         num_bytes = sum(reading.source.num_bytes for reading in self.readings)
         return worker_count(num_bytes, least_bytes=_PARALLEL_BYTES)
@@ -129,12 +131,18 @@ class _Job:
         ]
         return hashlib.sha256(orjson.dumps(parts)).hexdigest()[:32]
 
-    def __call__(self, item: tuple[int, Chunk]) -> tuple[int, Chunk, _Tally, EncodedRows]:
-        part, chunk = item
-        tally = self.start()
+    def __call__(self, item: tuple[int, Chunk]) -> list[_Piece]:
+        return list(self.pieces(*item))
+
+    def pieces(self, part: int, chunk: Chunk) -> Iterator[_Piece]:
+        """The rows of one chunk, some at a time: a chunk may be a whole file."""
+        tally, num_tokens = self.start(), 0
         rows: list[tuple[Encoded, int, int, bytes]] = []
         reading = self.readings[part]
         for record, result in encode_stream(reading.read(chunk), self.encoder):
+            if num_tokens >= _PIECE_TOKENS:
+                yield _Piece(part=part, file=chunk.file, tally=tally, rows=_columns(rows))
+                tally, num_tokens, rows = self.start(), 0, []
             tally.rows += 1
             if record is None or not isinstance(result, Encoded):
                 problems = result if isinstance(result, list) else []
@@ -144,7 +152,8 @@ class _Job:
             if encoded is not None:
                 text = record_text(record)
                 rows.append((encoded, record.line, content_digest(text), signature(text)))
-        return part, chunk, tally, _columns(rows)
+                num_tokens += len(encoded.input_ids)
+        yield _Piece(part=part, file=chunk.file, tally=tally, rows=_columns(rows))
 
     def _fit(self, record: Conversation | Document, encoded: Encoded, tally: _Tally) -> Encoded | None:
         """The row as it will be trained on, None where it is left out."""
@@ -201,6 +210,16 @@ class _Tally:
         self.longest = max(self.longest, other.longest)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Piece:
+    """Encoded rows of one file of one part, and what was met on the way."""
+
+    part: int
+    file: int
+    tally: _Tally
+    rows: EncodedRows
+
+
 def _columns(rows: list[tuple[Encoded, int, int, bytes]]) -> EncodedRows:
     encoded = [row for row, *_ in rows]
     return EncodedRows(
@@ -220,10 +239,10 @@ def _write(path: Path, job: _Job, processes: int, progress: Callable[[int], None
     part_rows = [0] * len(job.readings)
     writer = EncodedWriter(path, SIGNATURE_BYTES)
     try:
-        for part, chunk, found, rows in ordered_map(job, chunks_of(job.readings, _CHUNK_BYTES), processes=processes):
-            tally.merge(found)
-            writer.add(rows, int(first_file[part]) + chunk.file)
-            part_rows[part] += len(rows.lengths)
+        for piece in _pieces(job, processes):
+            tally.merge(piece.tally)
+            writer.add(piece.rows, int(first_file[piece.part]) + piece.file)
+            part_rows[piece.part] += len(piece.rows.lengths)
             if progress is not None:
                 progress(tally.rows)
         facts = TableFacts(
@@ -241,6 +260,16 @@ def _write(path: Path, job: _Job, processes: int, progress: Callable[[int], None
     except BaseException:
         writer.abandon()
         raise
+
+
+def _pieces(job: _Job, processes: int) -> Iterator[_Piece]:
+    chunks = chunks_of(job.readings, _CHUNK_BYTES)
+    if processes == 1:
+        for part, chunk in chunks:
+            yield from job.pieces(part, chunk)
+    else:
+        for pieces in ordered_map(job, chunks, processes=processes):
+            yield from pieces
 
 
 def encode_stream(

@@ -11,7 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from llmtune.data.containers import CONTAINERS
+from llmtune.data.containers import CONTAINERS, DIVISIBLE
 from llmtune.data.records import Chunk, Problem, SourceRow
 from llmtune.errors import DataError, nearest
 
@@ -72,6 +72,11 @@ class Source:
     def in_memory(self) -> bool:
         """Whether these are rows of this process, which others cannot read."""
         return self.rows is not None
+
+    @property
+    def divisible(self) -> bool:
+        """Whether its files come in parts of bounded size, which several processes can read."""
+        return not self.in_memory and self.container in DIVISIBLE
 
     def chunks(self, chunk_bytes: int = 8 << 20) -> Iterator[Chunk]:
         """Parts of about ``chunk_bytes`` that can be read alone, found as they are asked for; every row is in one.

@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 
 # Held out when no evaluation data is given: a tenth, and never more rows than give a steady mean.
 EVAL_FRACTION, MOST_EVAL_ROWS = 0.1, 500
+# Near duplicates are looked for among so many rows: 10 s and 550 MB on two cores. Beyond, exact ones alone.
+MOST_COMPARED_ROWS = 1_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,11 +129,11 @@ def check_data(inputs: Inputs, *, near_duplicates: bool = False) -> DataReport:
 def examined(config: RunConfig, inputs: Inputs, tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> Data:
     """Encode the training data to look at it: nothing is refused, dropped or held out."""
     whole = _encode(config, inputs.train, tokenizer, spec, "the data", report_only=True)
-    groups = duplicate_groups(whole.digests, whole.signatures)
+    groups = _groups(whole)
     leakage = None
     if inputs.evaluation is not None:
         judged = _encode(config, (inputs.evaluation,), tokenizer, spec, "evaluation data", report_only=True)
-        leakage = contamination(whole.digests, whole.signatures, judged.digests, judged.signatures)
+        leakage = _leakage(whole, judged)
     return Data(
         train=whole,
         eval=None,
@@ -159,16 +161,16 @@ def tokenised(config: RunConfig, inputs: Inputs, tokenizer: PreTrainedTokenizerB
         DataError: Bad rows, rows too long, nothing left, or supervision that would teach something else.
     """
     whole = _encode(config, inputs.train, tokenizer, spec, "training data")
-    groups = duplicate_groups(whole.digests, whole.signatures)
+    groups = _groups(whole)
     kept, leakage, held_out = _kept(config, groups), None, None
     if inputs.evaluation is not None:
         held_out = _encode(config, (inputs.evaluation,), tokenizer, spec, "evaluation data")
-        leakage = contamination(whole.digests, whole.signatures, held_out.digests, held_out.signatures)
+        leakage = _leakage(whole, held_out)
         if config.data.duplicates != "keep":
             kept = np.setdiff1d(kept, leakage.training_rows)
     train = whole if len(kept) == len(whole) else whole.select(kept)
     if held_out is None and (share := eval_share(config, len(train))) > 0:
-        train, held_out = split(train, share, config.train.seed, groups=groups if train is whole else None)
+        train, held_out = split(train, share, config.train.seed, groups=groups if train is whole else _groups(train))
     return Data(
         train=train,
         eval=held_out,
@@ -180,6 +182,17 @@ def tokenised(config: RunConfig, inputs: Inputs, tokenizer: PreTrainedTokenizerB
         duplicates=groups.facts(whole.location),
         leakage=leakage,
     )
+
+
+def _groups(dataset: EncodedDataset) -> Groups:
+    near = len(dataset) <= MOST_COMPARED_ROWS
+    return duplicate_groups(dataset.digests, dataset.signatures if near else None)
+
+
+def _leakage(train: EncodedDataset, evaluation: EncodedDataset) -> Leakage:
+    near = len(train) + len(evaluation) <= MOST_COMPARED_ROWS
+    signatures = (train.signatures, evaluation.signatures) if near else (None, None)
+    return contamination(train.digests, signatures[0], evaluation.digests, signatures[1])
 
 
 def _kept(config: RunConfig, groups: Groups) -> NDArray[np.int64]:
