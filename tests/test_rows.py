@@ -120,6 +120,26 @@ def test_near_duplicates_never_lie_on_both_sides(tokenizer: Any, spec: ModelSpec
     assert len(data.eval) > 10
 
 
+def test_a_long_system_prompt_does_not_make_rows_alike(tokenizer: Any, spec: ModelSpec) -> None:
+    system = {"role": "system", "content": " ".join(f"rule{i} says do{i}" for i in range(100))}
+    items = [
+        {
+            "messages": [
+                system,
+                {"role": "user", "content": story(n)["question"]},
+                {"role": "assistant", "content": "yes"},
+            ]
+        }
+        for n in range(10)
+    ]
+    config = configured(eval_fraction=0.0)
+    inputs = rows.inputs_of(config, items)
+    data = rows.tokenised(config, inputs, tokenizer, spec)
+    assert data.duplicates is not None
+    assert data.duplicates.near_rows == 0
+    assert rows.check_data(inputs, near_duplicates=True).duplicates.near_rows == 0
+
+
 def test_among_very_many_rows_only_exact_repeats_are_looked_for(
     tokenizer: Any, spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:

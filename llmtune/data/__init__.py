@@ -12,7 +12,7 @@ from llmtune.data.estimate import estimate_stats
 from llmtune.data.fix import write_fixed
 from llmtune.data.formats import FORMAT_NAMES, FORMATS, Format
 from llmtune.data.masks import ChatEncoder, Encoded
-from llmtune.data.packing import collate_packed, pack_rows
+from llmtune.data.packing import IGNORED, collate_packed, pack_rows
 from llmtune.data.partition import micro_batches, padded, shard_rows
 from llmtune.data.preview import preview
 from llmtune.data.reading import Reading, read, summarise
@@ -33,6 +33,7 @@ from llmtune.data.supervision import Supervision, require_supervised
 __all__ = [
     "FORMATS",
     "FORMAT_NAMES",
+    "IGNORED",
     "Advice",
     "ChatEncoder",
     "Conversation",

@@ -151,7 +151,8 @@ class _Job:
             encoded = self._fit(record, result, tally)
             if encoded is not None:
                 text = record_text(record)
-                rows.append((encoded, record.line, content_digest(text), signature(text)))
+                own_text = record_text(record, instructions=False)
+                rows.append((encoded, record.line, content_digest(text), signature(own_text)))
                 num_tokens += len(encoded.input_ids)
         yield _Piece(part=part, file=chunk.file, tally=tally, rows=_columns(rows))
 

@@ -142,23 +142,29 @@ class PreferencePair:
 Record = Conversation | Document | PreferencePair
 
 
-def record_text(record: Record) -> str:
+def record_text(record: Record, *, instructions: bool = True) -> str:
     """All that a record says as one string: the role of every turn, its text and its tool calls, one per line.
 
     Equal records give equal texts, whatever file and line they come from.
+
+    Args:
+        record: The row.
+        instructions: With system prompts and tools. A long one that many rows share would make them all look alike.
     """
     if isinstance(record, Document):
         return record.text
     parts: list[str] = []
     if isinstance(record, Conversation):
         messages: tuple[Message, ...] = record.messages
-        if record.tools is not None:
+        if record.tools is not None and instructions:
             parts.append(_json_text(record.tools))
     else:
         messages = (*record.prompt, *record.chosen, *(record.rejected or ()))
         if record.label is not None:
             parts.append(str(record.label))
     for message in messages:
+        if not instructions and message.role in ("system", "developer"):
+            continue
         parts.append(message.role)
         parts.append(message.content)
         if message.tool_calls is not None:

@@ -82,7 +82,7 @@ class Scanner:
             tally.digests.append(digest)
             tally.lines.append(record.line)
             if self.signatures:
-                tally.signatures += signature(text)
+                tally.signatures += signature(record_text(record, instructions=False))
         tally.chunks.append((number, chunk.file, len(tally.lines)))
         return tally
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from llmtune.data import EncodedDataset, collate, micro_batches
+from llmtune.data import IGNORED, EncodedDataset, collate, micro_batches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +54,7 @@ def score(
             padded = collate([data[row] for row in piece], pad_token_id, pad_multiple=pad_multiple)
             batch = {name: tensor.to(device) for name, tensor in padded.items()}
             total += float(model(**batch, num_items_in_batch=1).loss)
-            tokens += int((batch["labels"][:, 1:] != -100).sum())
+            tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
     finally:
         model.train(was_training)
     return Scores(loss_sum=total, num_tokens=tokens)

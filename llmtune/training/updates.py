@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from llmtune.data import (
+    IGNORED,
     Encoded,
     EncodedDataset,
     Part,
@@ -27,8 +28,6 @@ from llmtune.data import (
     pack_rows,
     shard_rows,
 )
-
-IGNORED = -100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
