@@ -29,10 +29,13 @@ _FLAGS = {
 }
 _COUNTS = {
     "rows_without_supervision": "hold nothing that is learned",
+    "rows_without_stop": "end without a stop token that is learned",
     "rows_too_long": "are longer than what is trained on",
     "rows_truncated": "were cut to the longest length that is trained on",
     "rows_dropped": "were left out because they are too long",
 }
+# What the advice about long rows says in one sentence, where there is any.
+_TOLD_TOGETHER = ("rows_too_long", "rows_truncated", "rows_dropped")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,17 +139,17 @@ def _notices(report: Mapping[str, Any]) -> Iterator[Notice]:
         finding = f"{bad:,}{of} rows have a problem and were left out."
         yield Notice(severity="warning", finding=finding, suggestion="The problems are listed below.")
     advice = [mapping(entry) for entry in items(report.get("advice"))]
+    advised = [entry.get("kind") for entry in advice]
     supervision = mapping(report.get("supervision"))
     for name, value in supervision.items():
-        if value is False:
-            finding, suggestion = _FLAGS.get(name, (f"{_words(name)}: no.", ""))
+        if value is False and name in _FLAGS:
+            finding, suggestion = _FLAGS[name]
             yield Notice(severity="warning", finding=finding, suggestion=suggestion)
-        elif name.startswith("rows_") and (found := count(value)):
-            finding = f"{found:,} rows {_COUNTS[name]}." if name in _COUNTS else f"{_words(name)}: {found:,}."
-            yield Notice(severity="warning", finding=finding, suggestion="")
+        elif name in _COUNTS and (found := count(value)) and not (name in _TOLD_TOGETHER and "too_long" in advised):
+            yield Notice(severity="warning", finding=f"{found:,} rows {_COUNTS[name]}.", suggestion="")
     leakage = numbers(mapping(report.get("leakage")))
     leaked = leakage.get("exact_rows", 0) + leakage.get("near_rows", 0)
-    if leaked and not any(entry.get("kind") == "leakage" for entry in advice):
+    if leaked and "leakage" not in advised:
         finding = f"{leaked:,.0f} evaluation rows are also trained on: the evaluation will flatter."
         yield Notice(severity="warning", finding=finding, suggestion="")
     for entry in advice:
