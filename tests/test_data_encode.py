@@ -76,6 +76,19 @@ def test_the_second_time_nothing_is_tokenised(tmp_path, tok):
     assert found.location(0) == (str(moved), 1)
 
 
+def test_places_are_told_by_the_names_that_files_have_now(tmp_path, tok):
+    data = [*rows(3), {"question": "a", "answer": ""}, {"question": "long", "answer": "word " * 99}]
+    settings = dict(template=CHATML, cache_dir=tmp_path / "cache", on_bad_row="report", max_length=60)
+    path = write(tmp_path / "d.jsonl", data)
+    encode(path, tok, **settings)
+    moved = path.rename(tmp_path / "with:colon.jsonl")
+    found = encode(moved, tok, **settings).facts
+    assert [problem.file for problem in found.problems] == [str(moved)]
+    assert found.supervision.longest_row.startswith(f"{moved}:")
+    assert found.too_long_at[0].startswith(f"{moved}:5 (")
+    assert len(list((tmp_path / "cache").glob("*.arrow"))) == 1
+
+
 def test_whatever_changes_the_rows_changes_the_cache(tmp_path, tok):
     kinds = [
         dict(data=rows(5), tokenizer=tok, template=CHATML),

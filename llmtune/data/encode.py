@@ -24,7 +24,7 @@ from llmtune.data.workers import ordered_map, worker_count
 from llmtune.errors import DataError
 
 # Part of the cache's key: raise it when the same input would give other tokens, masks or facts.
-ENCODER_VERSION = 2
+ENCODER_VERSION = 3
 # Rows that are rendered, tokenised and proven in one call.
 _BATCH_RECORDS = 256
 # Text of one chunk; about half a second of tokenising on one core.
@@ -257,7 +257,7 @@ def _write(path: Path, job: _Job, processes: int, progress: Callable[[int], None
             longest=tally.longest,
             supervision=tally.supervision.supervision(),
         )
-        writer.commit(facts)
+        writer.commit(facts, [label for reading in job.readings for label in reading.source.labels])
     except BaseException:
         writer.abandon()
         raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,15 +47,21 @@ class TableFacts:
     supervision: Supervision
 
     @classmethod
-    def from_json(cls, document: dict[str, Any]) -> TableFacts:
-        """The facts that `to_json` gave."""
+    def from_json(cls, document: dict[str, Any], renamed: Mapping[str, str]) -> TableFacts:
+        """The facts that `to_json` gave, with places in the files as they are called now."""
+
+        def now(place: str) -> str:
+            file, colon, rest = place.rpartition(":")
+            return f"{renamed.get(file, file)}{colon}{rest}"
+
+        problems = (Problem(**problem | {"file": renamed[problem["file"]]}) for problem in document["problems"])
         return cls(
             **{
                 **document,
                 "part_rows": tuple(document["part_rows"]),
-                "problems": tuple(Problem(**problem) for problem in document["problems"]),
-                "too_long_at": tuple(document["too_long_at"]),
-                "supervision": Supervision.from_fields(document["supervision"]),
+                "problems": tuple(problems),
+                "too_long_at": tuple(map(now, document["too_long_at"])),
+                "supervision": Supervision.from_fields(document["supervision"], now),
             }
         )
 
@@ -106,7 +112,9 @@ class EncodedDataset:
 
         document = orjson.loads(facts_path(self._path).read_bytes())
         del document["sha256"]
-        self.facts = TableFacts.from_json(document)
+        # The same rows may have been encoded from files of other names.
+        renamed = dict(zip(document.pop("files"), self._files, strict=True))
+        self.facts = TableFacts.from_json(document, renamed)
         self._mapped = pa.memory_map(str(self._path))
         reader = pa.ipc.open_file(self._mapped)
         batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
@@ -259,10 +267,10 @@ class EncodedWriter:
         ]
         self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
 
-    def commit(self, facts: TableFacts) -> None:
+    def commit(self, facts: TableFacts, files: Sequence[str]) -> None:
         """Make the rows visible under their name, with the digest by which `is_intact` knows them."""
         self._writer.close()
-        document = {"sha256": _digest(self._temporary), **facts.to_json()}
+        document = {"sha256": _digest(self._temporary), "files": list(files), **facts.to_json()}
         os.replace(self._temporary, self._path)
         temporary = self._temporary.with_suffix(".facts")
         temporary.write_bytes(orjson.dumps(document))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -72,10 +73,16 @@ class Supervision:
         return dict(self.examples).get(flaw, ())
 
     @classmethod
-    def from_fields(cls, fields: dict[str, Any]) -> Supervision:
-        """What ``dataclasses.asdict`` wrote, read back from JSON."""
-        examples = tuple((name, tuple(places)) for name, places in fields["examples"])
-        return cls(**{**fields, "tokenizer_problems": tuple(fields["tokenizer_problems"]), "examples": examples})
+    def from_fields(cls, fields: dict[str, Any], now: Callable[[str], str]) -> Supervision:
+        """What ``asdict`` wrote, read back from JSON; ``now`` gives a place (``file:line``) the name it has now."""
+        return cls(
+            **{
+                **fields,
+                "longest_row": now(fields["longest_row"]),
+                "tokenizer_problems": tuple(fields["tokenizer_problems"]),
+                "examples": tuple((name, tuple(map(now, places))) for name, places in fields["examples"]),
+            }
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The ``supervision`` object of ``check --json``."""
