@@ -278,7 +278,6 @@ def test_silent_when_all_is_well(well):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"good_rows": 40}, [("few_rows", "warning")]),
         ({"good_rows": 400}, [("few_rows", "info")]),
         ({"repetition": {"answer": 0.4, "prompt": 0, "most_common_answer": "no"}}, [("imbalance", "info")]),
         ({"repetition": {"answer": 0.9, "prompt": 0, "most_common_answer": "no"}}, [("imbalance", "warning")]),

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from llmtune.data.supervision import Supervision
 
 # All bounds are llmtune's, chosen; where they are crossed the person looks, nothing is changed for them.
-_VERY_FEW_ROWS = 100
 _LONG_TAIL = 4  # longest row by the 95th percentile
 _EXACT_SHARE = 0.01
 _NEAR_SHARE = 0.05
@@ -82,7 +81,7 @@ def _of_text(statistics: Mapping[str, Any]) -> Iterator[Advice]:
                 f"About {SMALL_BELOW_ROWS:,} varied rows are enough to teach a form or a tone. Find more sources, or "
                 "have questions paraphrased and check the answers; copies of the same rows do not help."
             ),
-            severity="warning" if rows < _VERY_FEW_ROWS else "info",
+            severity="info",
         )
     if statistics["sampled_rows"] < _LEAST_SAMPLE:
         return
