@@ -112,11 +112,11 @@ def _show(report: DataReport, as_json: bool) -> None:
     facts += [(name, _plain(value)) for name, value in (*account.text, *account.supervision)]
     if account.complexity is not None:
         facts.append(("complexity", f"{account.complexity:.2f} on a scale from 0 to 1 ({account.size_class} data)"))
-    facts += [(f"duplicates, {name.replace('_', ' ')}", _plain(value)) for name, value in account.duplicates.items()]
-    facts += [(f"leakage, {name.replace('_', ' ')}", _plain(value)) for name, value in account.leakage.items()]
+    facts += [(f"duplicates, {name}", _plain(value)) for name, value in account.duplicates.items()]
+    facts += [(f"leakage, {name}", _plain(value)) for name, value in account.leakage.items()]
     if report.duplicates.near_rows is None:
         facts.append(("near duplicates", "not looked for; --near-duplicates does"))
-    speaker.table("", ("fact", "value"), facts)
+    speaker.table("", ("fact", "value"), [(name.replace("_", " "), value) for name, value in facts])
     if report.advice:
         advice = [(each.severity, f"{each.finding}. {each.suggestion}") for each in report.advice]
         speaker.table("Advice", ("", "what and why"), advice)
