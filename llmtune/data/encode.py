@@ -84,7 +84,8 @@ def encode(
     for reading in readings:
         require_trainable(reading)
     encoder = ChatEncoder(tokenizer, template, supervise=supervise)
-    job = _Job(readings=readings, encoder=encoder, max_length=max_length, too_long=too_long, vocab_size=vocab_size)
+    nothing = SupervisionTally.of(encoder, vocab_size=vocab_size)
+    job = _Job(readings=readings, encoder=encoder, max_length=max_length, too_long=too_long, nothing=nothing)
     directory = Path(cache_dir)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{job.cache_key()}.arrow"
@@ -105,19 +106,21 @@ class _Job:
     encoder: ChatEncoder
     max_length: int | None
     too_long: TooLong
-    vocab_size: int | None
+    nothing: SupervisionTally
 
     def start(self) -> _Tally:
         """A tally of nothing."""
-        return _Tally(supervision=SupervisionTally.of(self.encoder, vocab_size=self.vocab_size))
+        return _Tally(supervision=self.nothing.another())
 
     def worker_count(self) -> int:
+        """Processes that the data is worth."""
         if not all(reading.source.divisible for reading in self.readings):
             return 1
         num_bytes = sum(reading.source.num_bytes for reading in self.readings)
         return worker_count(num_bytes, least_bytes=_PARALLEL_BYTES)
 
     def cache_key(self) -> str:
+        """The same for jobs that give the same rows and facts."""
         parts = [
             ENCODER_VERSION,
             [[each.source.fingerprint, each.format.title, sorted(each.columns.items())] for each in self.readings],
@@ -125,7 +128,7 @@ class _Job:
             self.encoder.template,
             self.encoder.supervise,
             self.max_length,
-            self.vocab_size,
+            self.nothing.vocab_size,
             # Refused and dropped rows are the same rows.
             "drop" if self.too_long == "refuse" else self.too_long,
         ]

@@ -145,6 +145,19 @@ class SupervisionTally:
             tokenizer_problems=tuple(tokenizer_problems(tokenizer)),
         )
 
+    def another(self) -> SupervisionTally:
+        """A tally of nothing, for the same encoder; a vocabulary is looked through once."""
+        return SupervisionTally(
+            stop_ids=self.stop_ids,
+            whole_text=self.whole_text,
+            bos_id=self.bos_id,
+            vocab_size=self.vocab_size,
+            max_length=self.max_length,
+            rare=self.rare,
+            pad_is_eos=self.pad_is_eos,
+            tokenizer_problems=self.tokenizer_problems,
+        )
+
     def add(self, record: Conversation | Document, encoded: Encoded, cut: Cut | None = None) -> None:
         """Count one good row: as it was ``encoded``, and what became of it where it was ``cut``."""
         full_length = len(encoded.input_ids)
