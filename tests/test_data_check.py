@@ -108,6 +108,11 @@ def test_twenty_planted_problems_are_listed_with_their_lines_and_nothing_else(tm
     with pytest.raises(DataError, match="20 problems"):
         report.raise_if_bad()
     report.raise_if_bad("skip")
+    printed = str(report).splitlines()
+    assert printed[0] == "43 rows, chat (the rows have 'messages'), 20 of them with a problem"
+    assert [f"{path}:{number}:" in told for (number, *_), told in zip(expected, printed[1:], strict=False)] == [
+        True
+    ] * 20
     assert main(["check", str(path), "--json"]) == DataError.exit_code == 3
     document = json.loads(capsys.readouterr().out)
     assert [problem["line"] for problem in document["problems"]] == [number for number, *_ in expected]

@@ -17,6 +17,8 @@ from llmtune.data.records import Problem
 from llmtune.data.scan import Scanner, ScanTally, scan
 from llmtune.data.supervision import Supervision
 
+_SHOWN = 20  # problems that are printed
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataReport:
@@ -45,6 +47,15 @@ class DataReport:
     def ok(self) -> bool:
         """Whether every row can be used."""
         return not self.problems
+
+    def __str__(self) -> str:
+        """What there is, what is wrong with it and what would be worth doing, a line each."""
+        lines = [f"{self.rows:,} rows, {self.format} ({self.reason}), {self.bad_rows:,} of them with a problem"]
+        lines += [f"  {problem}; {problem.hint}" for problem in self.problems[:_SHOWN]]
+        if self.num_problems > _SHOWN:
+            lines.append(f"  and {self.num_problems - _SHOWN:,} more problems")
+        lines += [f"{advice.severity}: {advice.finding}. {advice.suggestion}" for advice in self.advice]
+        return "\n".join(lines)
 
     def raise_if_bad(self, on_bad_row: Literal["error", "skip"] = "error") -> None:
         """Raise unless the data can be used under this policy.
