@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmtune.cli.app import command
-from llmtune.cli.options import Asked, Config, EvalData, Json, MaybeData, Set, configured
+from llmtune.cli.options import Asked, Config, EvalData, Format, Json, MaybeData, Set, configured
 from llmtune.console import quieten_libraries, speaker
 from llmtune.errors import DataError
 from llmtune.units import format_bytes
@@ -24,10 +24,6 @@ NEAR_DUPLICATES_UP_TO_BYTES = 100_000_000
 
 TokensOf = Annotated[
     str | None, typer.Option("--model", metavar="ID", help="Also tokenise for this model and check what is learned.")
-]
-Format = Annotated[
-    str | None,
-    typer.Option("--format", metavar="NAME", help="Take the rows for this format instead of recognising it."),
 ]
 Fix = Annotated[
     str | None,

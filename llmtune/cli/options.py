@@ -30,6 +30,10 @@ Output = Annotated[
 EvalData = Annotated[
     str | None, typer.Option("--eval-data", metavar="FILE", help="Held-out data; a share of DATA if not given.")
 ]
+Format = Annotated[
+    str | None,
+    typer.Option("--format", metavar="NAME", help="Take the rows for this format instead of recognising it."),
+]
 Config = Annotated[
     str | None, typer.Option("--config", metavar="FILE", help="YAML file of the keys that --set takes too.")
 ]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmtune.cli.app import command
-from llmtune.cli.options import Asked, Config, Data, Json, Model, Set, configured
+from llmtune.cli.options import Asked, Config, Data, Format, Json, Model, Set, configured
 from llmtune.console import quieten_libraries, speaker
 from llmtune.errors import DataError
 
@@ -30,10 +30,6 @@ _GIVEN = ("grey82 on grey19", "grey82 on grey27")
 _SPECIAL = "bold orange1"
 _BORDER, _UNFINISHED = "│", "◦"
 
-Format = Annotated[
-    str | None,
-    typer.Option("--format", metavar="NAME", help="Take the rows for this format instead of recognising it."),
-]
 Rows = Annotated[int, typer.Option("--rows", metavar="N", min=1, help="How many rows.")]
 Line = Annotated[int, typer.Option("--line", metavar="L", min=1, help="Start at this line of DATA.")]
 Html = Annotated[

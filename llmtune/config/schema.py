@@ -94,7 +94,9 @@ class DataConfig(Group):
         "refuse", description="rows longer than max_length: refuse, drop, cut left or whole turns"
     )
     supervise: Supervise = Field("all", description="what is learned: all answers, the last, the completion, all text")
-    duplicates: Duplicates = Field("keep", description="rows that repeat another: keep, drop_exact or drop_near")
+    duplicates: Duplicates = Field(
+        "keep", description="rows that repeat another or an evaluation row: keep, drop_exact, drop_near"
+    )
     on_bad_row: Literal["error", "skip"] = Field("error", description="rows that cannot be read or trained on")
     eval_fraction: Share | None = Field(None, description="share of rows held out when eval_path is not given")
     chat_template: str | None = Field(None, description="Jinja file that replaces the tokenizer's chat template")

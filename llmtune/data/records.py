@@ -205,7 +205,12 @@ class DataStats:
 
 
 def percentile(sorted_values: Any, share: float) -> int:
+    """The nearest-rank percentile of counts sorted upwards; 0 where there are none."""
+    return int(nearest_rank(sorted_values, share))
+
+
+def nearest_rank(sorted_values: Any, share: float) -> float:
     """The nearest-rank percentile of values sorted upwards; 0 where there are none."""
     if len(sorted_values) == 0:
-        return 0
-    return int(sorted_values[min(len(sorted_values) - 1, int(share * len(sorted_values)))])
+        return 0.0
+    return float(sorted_values[min(len(sorted_values) - 1, int(share * len(sorted_values)))])

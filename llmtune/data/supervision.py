@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmtune.data.masks import ChatEncoder, Encoded
-from llmtune.data.records import Conversation, Document
+from llmtune.data.records import Conversation, Document, nearest_rank, percentile
 from llmtune.data.truncation import Cut
 from llmtune.errors import DataError
 
@@ -233,14 +233,14 @@ class SupervisionTally:
             rows=len(lengths),
             tokens=tokens,
             supervised_tokens=int(learned.sum()),
-            length_p50=int(_at(lengths, 0.50)),
-            length_p95=int(_at(lengths, 0.95)),
-            length_p99=int(_at(lengths, 0.99)),
-            length_max=int(_at(lengths, 1.0)),
+            length_p50=percentile(lengths, 0.50),
+            length_p95=percentile(lengths, 0.95),
+            length_p99=percentile(lengths, 0.99),
+            length_max=percentile(lengths, 1.0),
             longest_row=self.longest[1],
-            supervised_share_p5=_at(shares, 0.05),
-            supervised_share_p50=_at(shares, 0.50),
-            supervised_share_p95=_at(shares, 0.95),
+            supervised_share_p5=nearest_rank(shares, 0.05),
+            supervised_share_p50=nearest_rank(shares, 0.50),
+            supervised_share_p95=nearest_rank(shares, 0.95),
             stop_token_supervised=len(lengths) > 0
             and not self.flaws.get("rows_without_stop")
             and not self.flaws.get("rows_without_supervision"),
@@ -330,11 +330,6 @@ def _rare_tokens(tokenizer: Any) -> NDArray[np.uint8] | None:
     if tokenizer.unk_token_id is not None and tokenizer.unk_token_id != tokenizer.eos_token_id:
         rare[tokenizer.unk_token_id] = _UNKNOWN_TOKEN
     return rare if rare.any() else None
-
-
-def _at(ordered: NDArray[Any], share: float) -> float:
-    """The nearest-rank percentile of values sorted upwards; 0 where there are none."""
-    return float(ordered[min(len(ordered) - 1, int(share * len(ordered)))]) if len(ordered) else 0.0
 
 
 def _where(supervision: Supervision, flaw: str, count: int | None) -> str:

@@ -197,10 +197,6 @@ def _repeats(duplicates: Mapping[str, Any]) -> Iterator[Repeat]:
             yield Repeat(where=where, of=of, near=entry.get("near") is True)
 
 
-def _words(name: str) -> str:
-    return name.replace("_", " ")
-
-
 def _sentence(text: str) -> str:
     text = text[:1].upper() + text[1:]
     return text if text.endswith((".", "!", "?")) or not text else f"{text}."
