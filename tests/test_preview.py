@@ -8,6 +8,7 @@ import os
 import re
 from functools import partial
 from html.parser import HTMLParser
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +19,16 @@ from hypothesis import strategies as st
 from rich.console import Console
 from test_data_support import KINDS, LLAMA2, tokenizer
 
-import llmtune.cli.preview  # noqa: F401  (makes it a command)
 from llmtune.cli import main
-from llmtune.cli.preview import MOST_TOKENS, _Display
+from llmtune.cli.program import commands
 from llmtune.console import speaker
 from llmtune.data import ChatEncoder, read
 from llmtune.data.preview import PreviewRow, PreviewToken, preview, token_texts
 from llmtune.errors import DataError, OutputError
 from llmtune.reporting.preview import render_preview, visible, write_preview
+
+commands()  # all of them, in the order of the help, before one module is imported alone
+cli_preview = import_module("llmtune.cli.preview")
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'& \u202e"
 ROWS = [
@@ -61,7 +64,7 @@ def taken_apart(**options: int) -> list[PreviewRow]:
 def on_terminal(rows: list[PreviewRow], **settings: Any) -> str:
     settings = {"force_terminal": True, "width": 60, "soft_wrap": True, "_environ": {}} | settings
     console = Console(file=io.StringIO(), highlight=False, **settings)
-    console.print(_Display(rows))
+    console.print(cli_preview._Display(rows))
     return console.file.getvalue()
 
 
@@ -215,17 +218,17 @@ def test_lines_are_kept_and_folded_to_the_width() -> None:
 
 
 def long_row() -> PreviewRow:
-    tokens = (PreviewToken(id=i, text=f"{i} ", supervised=i >= 900) for i in range(2 * MOST_TOKENS))
+    tokens = (PreviewToken(id=i, text=f"{i} ", supervised=i >= 900) for i in range(2 * cli_preview.MOST_TOKENS))
     return PreviewRow(file="rows.jsonl", line=1, tokens=tuple(tokens))
 
 
 def test_a_long_row_is_clipped_in_the_middle_and_says_so() -> None:
     out = on_terminal([long_row()], force_terminal=False)
-    half, last = MOST_TOKENS // 2, 2 * MOST_TOKENS - 1
-    assert f"{half - 1} \n… {MOST_TOKENS:,} tokens left out here, 0 of them supervised; --html" in out
-    assert f"⟦{2 * MOST_TOKENS - half} │" in out
+    half, last = cli_preview.MOST_TOKENS // 2, 2 * cli_preview.MOST_TOKENS - 1
+    assert f"{half - 1} \n… {cli_preview.MOST_TOKENS:,} tokens left out here, 0 of them supervised; --html" in out
+    assert f"⟦{2 * cli_preview.MOST_TOKENS - half} │" in out
     assert f"│{last} ⟧" in out
-    assert len(long_row().to_json()["tokens"]) == 2 * MOST_TOKENS
+    assert len(long_row().to_json()["tokens"]) == 2 * cli_preview.MOST_TOKENS
 
 
 # ---------------------------------------------------------------------- the page
