@@ -47,6 +47,9 @@ VALUES = {
     "train.precision": "bf16",
     "train.packing": True,
     "train.activation_checkpointing": True,
+    "train.checkpoint_every": 2,
+    "train.activation_offload": True,
+    "train.compile": True,
     "train.device": "cpu",
     "train.num_workers": 2,
     "train.threads": 2,
@@ -370,6 +373,9 @@ NUMBERS = {
     "data.max_length": st.integers(16, 10**6),
     "evaluate.base": st.booleans(),
     "train.activation_checkpointing": st.booleans(),
+    "train.checkpoint_every": 2,
+    "train.activation_offload": True,
+    "train.compile": True,
 }
 TEXTS = dict.fromkeys(
     ["model.id", "model.revision", "data.path", "data.chat_template", "train.schedule", "output.dir", "output.root"],

@@ -376,8 +376,23 @@ def test_variants_are_flags_that_really_fit(gib, asked, expected):
 
 
 def footprint(**changes) -> Footprint:
-    base = {"method": "lora", "quantization": None, "precision": "bf16", "rank": 8, "targets": ("all-linear",)}
-    return Footprint(**(base | {"tokens": 1024, "checkpointing": False} | changes))
+    base = {
+        "method": "lora",
+        "quantization": None,
+        "precision": "bf16",
+        "rank": 8,
+        "targets": ("all-linear",),
+        "dropout": 0.0,
+        "tokens": 1024,
+        "width": 256,
+        "packed": False,
+        "checkpoint_every": 0,
+        "offload": False,
+        "optimizer": "adamw_torch_fused",
+        "sharding": None,
+        "processes": 1,
+    }
+    return Footprint(**(base | changes))
 
 
 def peak(**changes) -> int:
@@ -388,7 +403,7 @@ def peak(**changes) -> int:
 def test_memory_grows_with_what_takes_memory():
     assert peak(tokens=512) < peak() < peak(tokens=2048)
     assert peak(rank=4) < peak() < peak(rank=64)
-    assert peak(checkpointing=True) < peak()
+    assert peak(checkpoint_every=1) < peak()
     assert peak(method="qlora", quantization="nf4") < peak(method="qlora", quantization="int8") < peak()
     assert peak() < peak(precision="fp32") < peak(method="full", precision="fp32")
     assert peak(targets=("q_proj",)) < peak()

@@ -60,11 +60,31 @@ class Cpu:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """What this machine was measured to do.
+
+    Attributes:
+        device: What was measured, e.g. ``cpu`` or the name of the accelerator.
+        threads: CPU threads it was measured with.
+        matmul: Precision -> FLOP/s of a large matrix product.
+        disk_write_bytes_per_second: Bytes written and synchronised to the disk of runs.
+    """
+
+    __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
+
+    device: str
+    threads: Positive
+    matmul: Mapping[str, float]
+    disk_write_bytes_per_second: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
     """What the machine is, at one moment.
 
     ``cgroup_limit_bytes`` is the memory limit that binds first, None without one; ``cgroup_used_bytes`` is what counts
-    against it already, less the file cache that the kernel gives back under pressure.
+    against it already, less the file cache that the kernel gives back under pressure. ``rates`` is None
+    where nothing was measured.
     """
 
     __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
@@ -77,6 +97,7 @@ class Hardware:
     cgroup_used_bytes: NonNegative | None
     disk_free_bytes: NonNegative
     platform: str
+    rates: Rates | None = None
 
     @property
     def usable_ram_bytes(self) -> int:
@@ -161,7 +182,15 @@ def _sentence(detail: ErrorDetails) -> str:
     place = detail["loc"]
     key = ".".join(map(str, place)) or "the document"
     if detail["type"] == "unexpected_keyword_argument":
-        owner = Accelerator if "accelerators" in place[:-1] else Cpu if "cpu" in place[:-1] else Hardware
+        owner = (
+            Rates
+            if "rates" in place[:-1]
+            else Accelerator
+            if "accelerators" in place[:-1]
+            else Cpu
+            if "cpu" in place[:-1]
+            else Hardware
+        )
         return f"{key}: unknown key{did_you_mean(str(place[-1]), [field.name for field in fields(owner)])}"
     expected = detail["msg"].removeprefix("Input should be ").removeprefix("an object ")
     if detail["type"] == "missing":

@@ -134,7 +134,7 @@ def packing_mask_bytes(request: PlanRequest, footprint: Footprint) -> int:
 
     `torch.nn.functional.scaled_dot_product_attention` turns a boolean mask into one of the queries' type.
     """
-    layers = 1 if footprint.checkpointing else request.spec.shape.layers
+    layers = 1 if footprint.checkpoint_every else request.spec.shape.layers
     return footprint.tokens**2 * (1 + BYTES_PER_VALUE[footprint.precision] * layers)
 
 

@@ -77,8 +77,15 @@ class Footprint:
         method: lora, qlora or full.
         quantization: nf4, int8 or None.
         precision: bf16, fp16 or fp32 arithmetic.
+        dropout: Of the adapter; above 0 its input is kept a second time.
         tokens: Padded tokens of the largest micro-batch.
-        checkpointing: Whether activations are recomputed.
+        width: Padded tokens of its longest row; packed rows are one row.
+        packed: Whether rows lie end to end and are kept apart by a dense mask.
+        checkpoint_every: Every n-th layer is recomputed in the backward pass; 0 recomputes none.
+        offload: Whether what recomputed layers start from waits in host memory.
+        optimizer: A name of transformers' ``OptimizerNames``.
+        sharding: How the model is spread over the ranks: ``fsdp2``, ``zero2``, ``zero3``, or None (DDP, one process).
+        processes: Ranks that train together.
     """
 
     method: str
@@ -86,8 +93,15 @@ class Footprint:
     precision: str
     rank: int
     targets: tuple[str, ...]
+    dropout: float
     tokens: int
-    checkpointing: bool
+    width: int
+    packed: bool
+    checkpoint_every: int
+    offload: bool
+    optimizer: str
+    sharding: str | None
+    processes: int
 
 
 def predict_memory(
@@ -143,6 +157,6 @@ def _activation_bytes(spec: ModelSpec, footprint: Footprint) -> int:
     if footprint.precision == "fp32":
         per_layer *= 2
     layers = shape.layers
-    if footprint.checkpointing:
+    if footprint.checkpoint_every:
         return footprint.tokens * (2 * h * layers + per_layer)
     return footprint.tokens * per_layer * layers

@@ -29,6 +29,11 @@ class Plan:
         accumulation: Forward passes per update on one device, on average (a description, not a setting: one data
             loader item is one update and holds as many micro-batches as its rows need).
         disk_bytes: What the checkpoints that are kept, one being written and the result take on disk.
+        checkpoint_every: Every n-th layer is recomputed in the backward pass; 0 where none is.
+        activation_offload: Whether what recomputed layers start from waits in host memory.
+        sharding: How launch spreads the model over the ranks: ``fsdp2``, ``zero2``, ``zero3``; None copies it to each.
+        compile: Whether the decoder layers are compiled.
+        pin_memory: Whether batches wait in page-locked host memory.
         closest: Flags and peak memory of the nearest plans that fit, where this one does not.
         patience: Evaluations without improvement before stopping; None never stops early.
     """
@@ -41,6 +46,7 @@ class Plan:
     precision: Choice[str]
     device: Choice[str]
     processes: Choice[int]
+    sharding: Choice[str | None]
     max_length: Choice[int]
     epochs: Choice[float]
     updates: Choice[int]
@@ -52,7 +58,10 @@ class Plan:
     pass_overhead_tokens: Choice[int | None]
     accumulation: Choice[int]
     activation_checkpointing: Choice[bool]
+    checkpoint_every: Choice[int]
+    activation_offload: Choice[bool]
     attention: Choice[str]
+    compile: Choice[bool]
     optimizer: Choice[str]
     learning_rate: Choice[float]
     schedule: Choice[str]
@@ -69,6 +78,7 @@ class Plan:
     patience: Choice[int | None]
     threads: Choice[int]
     num_workers: Choice[int]
+    pin_memory: Choice[bool]
     seed: Choice[int]
     memory: MemoryEstimate
     time: TimeEstimate
@@ -111,7 +121,7 @@ class Plan:
             for name, c in document["choices"].items()
         }
         return cls(
-            **(_BEFORE | choices),
+            **(_before(choices) | choices),
             memory=MemoryEstimate.from_json(document["memory"]),
             time=TimeEstimate.from_json(document["time"]),
             disk_bytes=document["disk_bytes"],
@@ -169,12 +179,20 @@ class Plan:
         return "\n".join([*lines, "", self.summary(), *self.notices])
 
 
-# How runs batched whose plans were written before these were part of a plan: a resumed run goes on as it began.
-_BEFORE: dict[str, Choice[Any]] = {
-    "packing": Choice(False, "plans of this age pad rows", "default"),
-    "pad_multiple": Choice(8, "plans of this age pad rows to multiples of eight", "default"),
-    "pass_overhead_tokens": Choice(None, "plans of this age take the fewest passes", "default"),
-}
+def _before(choices: Mapping[str, Choice[Any]]) -> dict[str, Choice[Any]]:
+    """How runs went whose plans were written before these were part of a plan: a resumed run goes on as it began."""
+    recomputes = choices["activation_checkpointing"].value
+    age = "plans of this age"
+    return {
+        "packing": Choice(False, f"{age} pad rows", "default"),
+        "pad_multiple": Choice(8, f"{age} pad rows to multiples of eight", "default"),
+        "pass_overhead_tokens": Choice(None, f"{age} take the fewest passes", "default"),
+        "sharding": Choice(None, f"{age} do not say", "default"),
+        "checkpoint_every": Choice(int(recomputes), f"{age} recompute every layer or none", "default"),
+        "activation_offload": Choice(False, f"{age} do not offload", "default"),
+        "compile": Choice(False, f"{age} do not compile", "default"),
+        "pin_memory": Choice(choices["device"].value.startswith("cuda"), f"{age} pin for CUDA", "default"),
+    }
 
 
 def _shown(value: Any) -> str:

@@ -75,16 +75,29 @@ def _assemble(request: PlanRequest, way: _Way) -> Plan:
     trainable = spec.parameters
     if way.method != "full":
         trainable = spec.adapter_parameters(adapter.rank.value, adapter.targets.value)
+    packing = batching.packing(request, way.token_budget)
+    tokens = batching.most_tokens(request, way.token_budget, rows_per_pass.value, batch.value)
+    optimizer = asked_or(
+        config.train.optimizer,
+        "train.optimizer",
+        Choice("adamw_torch_fused", "AdamW in one kernel per step", "default"),
+    )
     footprint = Footprint(
         method=way.method,
         quantization=quantization.value,
         precision=precision.value,
         rank=adapter.rank.value,
         targets=adapter.targets.value,
-        tokens=batching.most_tokens(request, way.token_budget, rows_per_pass.value, batch.value),
-        checkpointing=way.checkpointing,
+        dropout=adapter.dropout.value,
+        tokens=tokens,
+        width=tokens if packing.value else min(tokens, request.longest),
+        packed=packing.value,
+        checkpoint_every=int(way.checkpointing),
+        offload=False,
+        optimizer=optimizer.value,
+        sharding=request.sharding,
+        processes=request.processes,
     )
-    packing = batching.packing(request, way.token_budget)
     memory = _memory(request, footprint, packing=packing.value)
     workload = Workload(
         tokens_per_update=request.mean_length * batch.value / request.processes,
@@ -106,6 +119,7 @@ def _assemble(request: PlanRequest, way: _Way) -> Plan:
             str(request.device), request.device.reason, "user" if config.train.device != "auto" else "derived"
         ),
         processes=Choice(request.processes, "ranks of this launch", "derived"),
+        sharding=Choice(request.sharding, "as this launch spreads the model over its ranks", "derived"),
         max_length=_max_length(request),
         epochs=epochs,
         updates=updates,
@@ -117,12 +131,11 @@ def _assemble(request: PlanRequest, way: _Way) -> Plan:
         pass_overhead_tokens=batching.pass_overhead_tokens(request),
         accumulation=passes,
         activation_checkpointing=_checkpointing(request, way.checkpointing, fits=memory.fits),
+        checkpoint_every=Choice(int(way.checkpointing), "every layer, where any is recomputed", "derived"),
+        activation_offload=Choice(False, "what recomputed layers start from is small beside the rest", "derived"),
         attention=Choice("sdpa", "exact, and picks the fastest kernel for this device by itself", "default"),
-        optimizer=asked_or(
-            config.train.optimizer,
-            "train.optimizer",
-            Choice("adamw_torch_fused", "AdamW in one kernel per step", "default"),
-        ),
+        compile=Choice(False, "shapes differ from pass to pass, and each would be compiled anew", "default"),
+        optimizer=optimizer,
         learning_rate=schedule.learning_rate(request, way.method),
         schedule=rate_schedule,
         warmup_updates=schedule.warmup(request, rate_schedule.value, updates.value),
@@ -141,6 +154,9 @@ def _assemble(request: PlanRequest, way: _Way) -> Plan:
             config.train.num_workers,
             "train.num_workers",
             Choice(0, "rows are memory-mapped and already tokenised", "derived"),
+        ),
+        pin_memory=Choice(
+            request.device.type == "cuda", "page-locked memory lets a GPU fetch batches by itself", "derived"
         ),
         seed=request.setting("train.seed", "fixed, so that the same command gives the same result"),
         memory=memory,

@@ -11,6 +11,7 @@ from llmtune.data import DataStats, padded
 from llmtune.hardware import DeviceChoice, Hardware
 from llmtune.models import ModelSpec
 from llmtune.planning.choice import Choice
+from llmtune.planning.correction import NO_CORRECTION, Correction
 from llmtune.presets import Level, Preset, dataset_size
 
 # Widths of padded rows are multiples of this. Tensor cores read pieces of 16 bytes, eight 2-byte values (NVIDIA, Matrix
@@ -27,7 +28,10 @@ class PlanRequest:
     Attributes:
         eval_rows: Rows of the evaluation set, 0 when there is none.
         processes: Ranks of the launch.
+        sharding: How the launch spreads the model over its ranks: ``fsdp2``, ``zero2``, ``zero3``; None for DDP.
         model_choice: How the model was chosen.
+        complexity: How varied the training text is, 0 to 1 (`llmtune.data`); None where it was not measured.
+        correction: What earlier runs on this machine, or a probe, have shown about the predictions.
     """
 
     config: RunConfig
@@ -39,6 +43,9 @@ class PlanRequest:
     eval_rows: int
     processes: int
     model_choice: Choice[str]
+    sharding: str | None = None
+    complexity: float | None = None
+    correction: Correction = NO_CORRECTION
 
     @property
     def size(self) -> str:

@@ -43,19 +43,42 @@ QUANTIZED_COST = 1.4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TimeEstimate:
-    """Predicted seconds of one update and of all of them, evaluation included."""
+    """Predicted time of a run.
+
+    Attributes:
+        step_seconds: One update.
+        total_seconds: All updates, evaluations and saves.
+        low_seconds: Least ``total_seconds`` that would be no surprise.
+        high_seconds: Most ``total_seconds`` that would be no surprise.
+        terms: Seconds by name; they add up to ``total_seconds``.
+        basis: What the arithmetic rate rests on: ``nominal`` (data sheets), ``calibrated`` (measured on this machine)
+            or ``measured`` (this model's own steps).
+    """
 
     step_seconds: float
     total_seconds: float
+    low_seconds: float
+    high_seconds: float
+    terms: Mapping[str, float]
+    basis: str
 
     def to_json(self) -> dict[str, Any]:
         """The ``time`` object of ``plan --json``."""
-        return {"step_seconds": self.step_seconds, "total_seconds": self.total_seconds}
+        return {
+            "step_seconds": self.step_seconds,
+            "total_seconds": self.total_seconds,
+            "low_seconds": self.low_seconds,
+            "high_seconds": self.high_seconds,
+            "terms": dict(self.terms),
+            "basis": self.basis,
+        }
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> TimeEstimate:
-        """The inverse of ``to_json``."""
-        return cls(**document)
+        """The inverse of ``to_json``; plans of earlier versions knew two of the numbers."""
+        total = document["total_seconds"]
+        before = {"low_seconds": total, "high_seconds": total, "terms": {"training": total}, "basis": "nominal"}
+        return cls(**(before | dict(document)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,11 +141,18 @@ def predict_time(
     per_token = quantized * flops_per_token(
         spec, method=footprint.method, adapter_parameters=trainable_parameters, length=workload.length
     )
-    recomputed = CHECKPOINTING_COST if footprint.checkpointing else 1.0
+    recomputed = CHECKPOINTING_COST if footprint.checkpoint_every else 1.0
     overhead = workload.micro_batches * spec.shape.layers * LAYER_OVERHEAD_SECONDS
     step = workload.tokens_per_update * per_token * recomputed / rate + overhead
     # Without a backward pass: 2 of the 4 FLOP per frozen weight, 2 of the 6 per trained one.
     forward = per_token * (1 / 3 if footprint.method == "full" else 1 / 2)
+    terms = {"training": step * workload.updates, "evaluation": workload.evaluated_tokens * forward / rate}
+    total = sum(terms.values())
     return TimeEstimate(
-        step_seconds=step, total_seconds=step * workload.updates + workload.evaluated_tokens * forward / rate
+        step_seconds=step,
+        total_seconds=total,
+        low_seconds=total / 2,
+        high_seconds=total * 4,
+        terms=terms,
+        basis="nominal",
     )
