@@ -376,9 +376,6 @@ NUMBERS = {
     "train.checkpoint_every": st.integers(1, 8),
     "train.activation_offload": st.booleans(),
     "train.compile": st.booleans(),
-    "train.checkpoint_every": 2,
-    "train.activation_offload": True,
-    "train.compile": True,
 }
 TEXTS = dict.fromkeys(
     ["model.id", "model.revision", "data.path", "data.chat_template", "train.schedule", "output.dir", "output.root"],
