@@ -11,7 +11,7 @@ import orjson
 import pytest
 from test_data_support import CHATML, LLAMA2, tokenizer
 
-from llmtune.data import ChatEncoder, DataStats, check, encode, estimate_stats, read, split, write_fixed
+from llmtune.data import ChatEncoder, DataStats, check, encode, read, split, survey, write_fixed
 from llmtune.errors import ConfigError, DataError
 
 
@@ -221,13 +221,14 @@ def test_estimates_without_a_tokenizer(tok, tmp_path):
     data = rows(200)
     real = encode(data, tok, template=CHATML, cache_dir=tmp_path).stats
     per_token = sum(len(row["question"]) + len(row["answer"]) for row in data) / (real.tokens - 200 * 15)
-    estimated = estimate_stats([read([*data, {"question": 1, "answer": ""}])], bytes_per_token=per_token)
+    estimated = survey([read([*data, {"question": 1, "answer": ""}])]).stats(bytes_per_token=per_token)
     assert estimated.estimated
     assert (estimated.rows, estimated.skipped_bad) == (200, 1)
     assert abs(estimated.tokens / real.tokens - 1) < 0.2
     assert 0 < estimated.supervised_tokens < estimated.tokens
-    assert estimate_stats([read(data)], bytes_per_token=per_token, max_length=estimated.length_p50).dropped_too_long > 0
-    assert estimate_stats([read([{"text": "12345678"}])], bytes_per_token=4) == DataStats(
+    shortened = survey([read(data)]).stats(bytes_per_token=per_token, max_length=estimated.length_p50)
+    assert shortened.dropped_too_long > 0
+    assert survey([read([{"text": "12345678"}])]).stats(bytes_per_token=4) == DataStats(
         rows=1,
         tokens=3,
         supervised_tokens=3,

@@ -8,7 +8,6 @@ from llmtune.data.check import DataReport, check
 from llmtune.data.duplicates import Duplicates, Groups, Leakage, contamination, duplicate_groups
 from llmtune.data.encode import encode
 from llmtune.data.encoded import EncodedDataset
-from llmtune.data.estimate import estimate_stats
 from llmtune.data.fix import write_fixed
 from llmtune.data.formats import FORMAT_NAMES, FORMATS, Format
 from llmtune.data.masks import ChatEncoder, Encoded
@@ -29,6 +28,7 @@ from llmtune.data.records import (
 from llmtune.data.source import Source, resolve
 from llmtune.data.split import split
 from llmtune.data.supervision import Supervision, require_supervised
+from llmtune.data.survey import Survey, survey
 
 __all__ = [
     "FORMATS",
@@ -55,6 +55,7 @@ __all__ = [
     "Source",
     "SourceRow",
     "Supervision",
+    "Survey",
     "advise",
     "check",
     "collate",
@@ -64,7 +65,6 @@ __all__ = [
     "encode",
     "epoch_order",
     "epoch_rows",
-    "estimate_stats",
     "micro_batches",
     "pack_rows",
     "padded",
@@ -75,5 +75,6 @@ __all__ = [
     "shard_rows",
     "split",
     "summarise",
+    "survey",
     "write_fixed",
 ]

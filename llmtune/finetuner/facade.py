@@ -83,7 +83,6 @@ class FineTuner:
         Args:
             hardware: Plan for this machine instead of the present one.
         """
-        quieten_libraries()
         machine = facts.machine_of(self.config, hardware)
         inputs = rows.inputs_of(self.config, self._data)
         model = facts.model_of(self.config, machine, inputs, download=False)

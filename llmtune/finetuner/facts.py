@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmtune.config import RunConfig
-from llmtune.data import DataStats
+from llmtune.console import quieten_libraries
 from llmtune.errors import ConfigError
 from llmtune.finetuner import rows
 from llmtune.finetuner.rows import Data, Inputs
@@ -67,6 +66,7 @@ def model_of(config: RunConfig, machine: Machine, inputs: Inputs, *, download: b
         return Model(
             spec=spec_from_entry(known), preset=Preset.load(known.family), choice=choice, location=None, tokenizer=None
         )
+    quieten_libraries()
     location = locate(wanted)
     preset = preset_of(location)
     tokenizer = load_tokenizer(location, _chat_template(config))
@@ -82,7 +82,8 @@ def data_of(config: RunConfig, model: Model, inputs: Inputs) -> Data:
         return rows.tokenised(config, inputs, model.tokenizer, model.spec)
     entry = find_entry(model.spec.id)
     bytes_per_token = entry.bytes_per_token if entry else USUAL_BYTES_PER_TOKEN
-    return rows.estimate(config, inputs, bytes_per_token=bytes_per_token, context=model.spec.context)
+    found = rows.surveyed(inputs.train)
+    return rows.estimate(config, inputs, found, bytes_per_token=bytes_per_token, context=model.spec.context)
 
 
 def plan_of(config: RunConfig, machine: Machine, model: Model, data: Data, *, processes: int) -> Plan:
@@ -100,19 +101,18 @@ def plan_request(config: RunConfig, machine: Machine, model: Model, data: Data, 
         preset=model.preset,
         stats=data.stats,
         eval_rows=data.eval_rows,
+        complexity=data.complexity,
         processes=processes,
         model_choice=model.choice,
     )
 
 
 def _choose_entry(config: RunConfig, machine: Machine, inputs: Inputs) -> tuple[CatalogueEntry, Choice[str]]:
-    """The best catalogue entry for this data, which is read once and scaled to each entry's tokens."""
-    read = rows.estimate(config, inputs, bytes_per_token=USUAL_BYTES_PER_TOKEN, context=sys.maxsize)
+    """The best catalogue entry for this data, estimated in each entry's tokens."""
+    found = rows.surveyed(inputs.train)
 
-    def stats_of(entry: CatalogueEntry) -> DataStats:
-        scale = USUAL_BYTES_PER_TOKEN / entry.bytes_per_token
-        counts = ("tokens", "supervised_tokens", "length_p50", "length_p95", "length_p99", "length_max")
-        return replace(read.stats, **{name: round(getattr(read.stats, name) * scale) for name in counts})
+    def data_for(entry: CatalogueEntry) -> Data:
+        return rows.estimate(config, inputs, found, bytes_per_token=entry.bytes_per_token, context=entry.context)
 
     def plan(entry: CatalogueEntry) -> Plan:
         model = Model(
@@ -122,19 +122,23 @@ def _choose_entry(config: RunConfig, machine: Machine, inputs: Inputs) -> tuple[
             location=None,
             tokenizer=None,
         )
-        return plan_of(config, machine, model, replace(read, stats=stats_of(entry)), processes=1)
+        return plan_of(config, machine, model, data_for(entry), processes=1)
 
     drops = config.data.too_long != "refuse"
-    return choose_model(plan, lambda entry: 0 if drops else stats_of(entry).length_max)
+    return choose_model(plan, lambda entry: 0 if drops else data_for(entry).stats.length_max)
 
 
 def _is_here(model_id: str) -> bool:
     """Whether the model's configuration and tokenizer are on this disk already."""
+    if model_id.startswith("builtin:") or Path(model_id).is_dir():
+        return True
+    from huggingface_hub import constants
+
+    if not (Path(constants.HF_HUB_CACHE) / f"models--{model_id.replace('/', '--')}").is_dir():
+        return False  # told without loading the client, which takes a tenth of a second
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    if model_id.startswith("builtin:") or Path(model_id).is_dir():
-        return True
     try:
         names = ("config.json", "tokenizer_config.json")
         return all(isinstance(try_to_load_from_cache(model_id, name), str) for name in names)

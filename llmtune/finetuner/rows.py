@@ -19,15 +19,16 @@ from llmtune.data import (
     Groups,
     Leakage,
     Reading,
+    Survey,
     advise,
     check,
     contamination,
     duplicate_groups,
     encode,
-    estimate_stats,
     read,
     require_supervised,
     split,
+    survey,
 )
 from llmtune.errors import ConfigError
 from llmtune.models import ModelSpec
@@ -72,8 +73,8 @@ class Inputs:
 class Data:
     """What is learned from and judged on; the rows are None while only estimates are known.
 
-    ``encoded``: all rows that were given for training, before any were held out or, ``num_dropped``, left out as
-    duplicates. ``duplicates``, ``leakage``: among all of them.
+    ``complexity``: how varied the training text is, 0 to 1. ``encoded``: all rows that were given for training, before
+    any were held out or, ``num_dropped``, left out as duplicates. ``duplicates``, ``leakage``: among all of them.
     """
 
     train: EncodedDataset | None
@@ -81,6 +82,7 @@ class Data:
     stats: DataStats
     eval_rows: int
     fingerprint: str
+    complexity: float
     encoded: EncodedDataset | None = None
     num_dropped: int = 0
     duplicates: Duplicates | None = None
@@ -140,18 +142,34 @@ def examined(config: RunConfig, inputs: Inputs, tokenizer: PreTrainedTokenizerBa
         stats=whole.stats,
         eval_rows=0,
         fingerprint=inputs.fingerprint,
+        complexity=surveyed(inputs.train).complexity,
         encoded=whole,
         duplicates=groups.facts(whole.location),
         leakage=leakage,
     )
 
 
-def estimate(config: RunConfig, inputs: Inputs, *, bytes_per_token: float, context: int) -> Data:
-    """What is known about the data before there is a tokenizer."""
+def surveyed(readings: Sequence[Reading]) -> Survey:
+    """Sizes of the rows and how varied their text is; files that were looked at before are not read again."""
+    with speaker.progress("looking at the data", None) as bar:
+        return survey(readings, cache_dir=cache_dir() / "surveys", progress=bar.update)
+
+
+def estimate(config: RunConfig, inputs: Inputs, found: Survey, *, bytes_per_token: float, context: int) -> Data:
+    """What is known about the data before there is a tokenizer; ``found`` is the survey of the training data."""
     dropped_above = config.data.max_length or context if config.data.too_long != "refuse" else None
-    stats = estimate_stats(inputs.train, bytes_per_token=bytes_per_token, max_length=dropped_above)
+    stats = found.stats(bytes_per_token=bytes_per_token, max_length=dropped_above)
     eval_rows = int(stats.rows * eval_share(config, stats.rows))
-    return Data(train=None, eval=None, stats=stats, eval_rows=eval_rows, fingerprint=inputs.fingerprint)
+    if inputs.evaluation is not None:
+        eval_rows = sum(part.num_rows for part in surveyed((inputs.evaluation,)).parts)
+    return Data(
+        train=None,
+        eval=None,
+        stats=stats,
+        eval_rows=eval_rows,
+        fingerprint=inputs.fingerprint,
+        complexity=found.complexity,
+    )
 
 
 def tokenised(config: RunConfig, inputs: Inputs, tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> Data:
@@ -177,6 +195,7 @@ def tokenised(config: RunConfig, inputs: Inputs, tokenizer: PreTrainedTokenizerB
         stats=train.stats,
         eval_rows=0 if held_out is None else len(held_out),
         fingerprint=inputs.fingerprint,
+        complexity=surveyed(inputs.train).complexity,
         encoded=whole,
         num_dropped=len(whole) - len(kept),
         duplicates=groups.facts(whole.location),
