@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from llmtune.errors import ConfigError
-from llmtune.hardware import accelerate_config_names, accelerate_config_path, launch_shortfall
+from llmtune.hardware import accelerate_config_names, accelerate_config_path, launch_sharding, launch_shortfall
 
 NAMES = accelerate_config_names()
 
@@ -88,6 +88,26 @@ def test_shortfall_is_the_port_without_the_size() -> None:
     assert launch_shortfall({"MASTER_PORT": "29500", "WORLD_SIZE": "2"}) is None
     assert launch_shortfall({"MASTER_PORT": "29500", "PMI_SIZE": "2"}) is None
     assert "WORLD_SIZE is not set" in (launch_shortfall({"MASTER_PORT": "29500"}) or "")
+
+
+@pytest.mark.parametrize(
+    ("name", "prepare", "sharding"),
+    [
+        ("fsdp2", "prepare_multi_gpu_env", "fsdp2"),
+        ("ddp", "prepare_multi_gpu_env", None),
+        ("deepspeed_zero2", "prepare_deepspeed_cmd_env", "zero2"),
+        ("deepspeed_zero3", "prepare_deepspeed_cmd_env", "zero3"),
+    ],
+)
+def test_what_accelerate_exports_says_how_a_launch_shards(name: str, prepare: str, sharding: str | None) -> None:
+    import accelerate.utils.launch
+
+    args = launcher_arguments("--config_file", str(accelerate_config_path(name)), "--num_processes", "2")
+    args.deepspeed_fields_from_accelerate_config = ""  # set by the launcher, which also wants deepspeed installed
+    made = getattr(accelerate.utils.launch, prepare)(args)
+    env = made[1] if isinstance(made, tuple) else made
+    assert launch_sharding(env) == sharding
+    assert launch_sharding({}) is None
 
 
 SCRIPT = """

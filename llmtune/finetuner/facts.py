@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from llmtune.console import quieten_libraries
 from llmtune.errors import ConfigError
 from llmtune.finetuner import rows
 from llmtune.finetuner.rows import Data, Inputs
-from llmtune.hardware import DeviceChoice, Hardware, choose_device, detect
+from llmtune.hardware import DeviceChoice, Hardware, choose_device, detect, launch_sharding
 from llmtune.models import ModelLocation, ModelSpec, load_tokenizer, locate, preset_of, read_spec, spec_from_entry
 from llmtune.planning import Choice, Plan, PlanRequest, choose_model, make_plan
 from llmtune.presets import CatalogueEntry, Preset, find_entry
@@ -103,6 +104,7 @@ def plan_request(config: RunConfig, machine: Machine, model: Model, data: Data, 
         eval_rows=data.eval_rows,
         complexity=data.complexity,
         processes=processes,
+        sharding=launch_sharding(os.environ) if processes > 1 else None,
         model_choice=model.choice,
     )
 

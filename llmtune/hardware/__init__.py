@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from llmtune.hardware.accelerate_configs import accelerate_config_names, accelerate_config_path, launch_shortfall
+from typing import TYPE_CHECKING
+
+from llmtune.hardware.accelerate_configs import (
+    accelerate_config_names,
+    accelerate_config_path,
+    launch_sharding,
+    launch_shortfall,
+)
 from llmtune.hardware.detection import detect
 from llmtune.hardware.device import DeviceChoice, choose_device
-from llmtune.hardware.doctor import Diagnosis, Problem, diagnose
 from llmtune.hardware.facts import Accelerator, Cpu, Hardware
-from llmtune.hardware.probes import Usable
 from llmtune.hardware.processes import follow_parent
 from llmtune.hardware.threads import yield_cores
+
+if TYPE_CHECKING:
+    from llmtune.hardware.doctor import Diagnosis, Problem, diagnose
+    from llmtune.hardware.probes import Usable
 
 __all__ = [
     "Accelerator",
@@ -25,6 +34,15 @@ __all__ = [
     "detect",
     "diagnose",
     "follow_parent",
+    "launch_sharding",
     "launch_shortfall",
     "yield_cores",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name in ("Diagnosis", "Problem", "Usable", "diagnose"):  # for doctor alone
+        from llmtune.hardware import doctor
+
+        return getattr(doctor, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

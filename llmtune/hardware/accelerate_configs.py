@@ -1,4 +1,4 @@
-"""The shipped configurations for ``accelerate launch``, and the check that a launch started all its processes."""
+"""The shipped configurations for ``accelerate launch``, and what a launch has set for its processes."""
 
 from __future__ import annotations
 
@@ -53,3 +53,16 @@ def launch_shortfall(environ: Mapping[str, str]) -> str | None:
         'the CPU use: accelerate launch --config_file "$(llmtune accelerate-config cpu_ddp)" --num_processes N '
         "-m llmtune train ... To run one process on purpose, unset MASTER_PORT."
     )
+
+
+def launch_sharding(environ: Mapping[str, str]) -> str | None:
+    """How this launch spreads the model over its ranks: ``fsdp2``, ``zero2``, ``zero3``; None where each has it whole.
+
+    Read from what ``accelerate launch`` exports (accelerate 1.15, utils/launch.py).
+    """
+    if environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+        return "fsdp2"
+    if environ.get("ACCELERATE_USE_DEEPSPEED", "false") == "true":
+        stage = environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "")
+        return f"zero{stage}" if stage in ("2", "3") else None
+    return None
