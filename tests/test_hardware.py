@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +16,29 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmtune.errors import ConfigError, HardwareError
-from llmtune.hardware import Accelerator, Cpu, Hardware, Usable, choose_device, detect, diagnose
-from llmtune.hardware.accelerators import nvml_devices, visible_devices
+from llmtune.hardware import (
+    Accelerator,
+    Cpu,
+    Hardware,
+    Rates,
+    Speed,
+    Usable,
+    cached_rates,
+    choose_device,
+    detect,
+    diagnose,
+    measure_rates,
+    nominal_rates,
+    note_rates,
+    with_rates,
+)
 from llmtune.hardware.cgroup import CgroupLimits, read_limits
 from llmtune.hardware.cpu import read_cpu
 from llmtune.hardware.detection import free_disk_bytes
-from llmtune.hardware.doctor import machine_problems, version_problems
+from llmtune.hardware.doctor import machine_problems, rate_problems, version_problems
+from llmtune.hardware.nvidia import as_torch_numbers, driver_serves, nvml_cards, smi_cards, visible_devices
+from llmtune.hardware.presence import kinds_built, kinds_present
+from llmtune.hardware.rates import CACHE_FILE, disk_write_rate
 from llmtune.units import GIB
 
 CPU = Cpu(model="Intel(R) Xeon(R) Processor", physical_cores=2, usable_cores=2, amx=True, avx512_bf16=True)
@@ -69,6 +88,22 @@ accelerators = st.builds(
     fp16=st.booleans(),
     tf32=st.booleans(),
 )
+rate = st.floats(min_value=1e-9, max_value=1e18)
+speeds = st.builds(
+    Speed,
+    threads=st.integers(1, 512),
+    matmul=st.dictionaries(st.sampled_from(["bf16", "fp16", "fp32"]), rate),
+    memory_bytes_per_second=rate,
+    fresh_bytes_per_second=rate,
+)
+measurements = st.builds(
+    Rates,
+    device=st.text(),
+    speeds=st.lists(speeds, min_size=1, max_size=2).map(tuple),
+    op_seconds=rate,
+    disk_write_bytes_per_second=st.none() | rate,
+    busy_share=st.floats(0, 1),
+)
 machines = st.builds(
     Hardware,
     accelerators=st.lists(accelerators, max_size=3).map(tuple),
@@ -86,6 +121,7 @@ machines = st.builds(
     cgroup_used_bytes=st.none() | sizes,
     disk_free_bytes=sizes,
     platform=st.text(),
+    rates=st.none() | measurements,
 )
 
 
@@ -349,6 +385,9 @@ class Nvml:
         self.devices = [SimpleNamespace(name=name, place=i) for i, name in enumerate(names)]
         self.mig = mig
 
+    def nvmlSystemGetDriverVersion(self) -> str:
+        return "580.65.06"
+
     def nvmlDeviceGetCount(self) -> int:
         return len(self.devices)
 
@@ -373,21 +412,51 @@ class Nvml:
         return (7, 5) if "T4" in handle.name else (9, 0)
 
 
+def numbered(nvml: Nvml, **environ: str) -> list[Accelerator] | None:
+    return as_torch_numbers(nvml_cards(nvml), environ)
+
+
 def test_nvml_devices_are_numbered_as_torch_sees_them() -> None:
-    found = nvml_devices(Nvml("H100", "H100", "H100"), 2, {"CUDA_VISIBLE_DEVICES": "2,0"})
+    found = numbered(Nvml("H100", "H100", "H100"), CUDA_VISIBLE_DEVICES="2,0")
     assert found is not None
     assert [(a.index, a.free_bytes) for a in found] == [(0, 2 * GIB), (1, 0)]
     assert (found[0].bf16, found[0].tf32, found[0].compute_capability) == (True, True, (9, 0))
-    old = nvml_devices(Nvml("T4"), 1, {})
+    old = numbered(Nvml("T4"))
     assert old is not None
     assert (old[0].bf16, old[0].fp16, old[0].tf32) == (False, True, False)
 
 
 def test_nvml_gives_way_where_it_might_number_otherwise() -> None:
-    assert nvml_devices(Nvml("H100", "T4"), 2, {}) is None
-    assert nvml_devices(Nvml("H100", "T4"), 2, {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}) is not None
-    assert nvml_devices(Nvml("H100", mig=True), 1, {}) is None
-    assert nvml_devices(Nvml("H100", "H100"), 1, {}) is None
+    assert numbered(Nvml("H100", "T4")) is None
+    assert numbered(Nvml("H100", "T4"), CUDA_DEVICE_ORDER="PCI_BUS_ID") is not None
+    assert numbered(Nvml("H100", mig=True)) is None
+    assert numbered(Nvml("H100"), CUDA_VISIBLE_DEVICES="") == []
+
+
+def test_nvidia_smi_tells_the_same_as_nvml() -> None:
+    answer = "T4, GPU-0abc, 10240, 0, 7.5, [N/A], 580.65.06\nT4, GPU-1abc, 10240, 1024, 7.5, Disabled, 580.65.06\n"
+    assert smi_cards(answer) == nvml_cards(Nvml("T4", "T4"))
+    sliced = smi_cards("H100, GPU-0abc, 81559, 80000, 9.0, Enabled, 580.65.06")
+    assert sliced is not None
+    assert sliced[0].mig
+    assert smi_cards("") == []
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["NVIDIA GB10, GPU-1, [N/A], [N/A], 12.1, [N/A], 580.95", "No devices were found", "T4, GPU-0, 10240, 0, 7.5"],
+)
+def test_nvidia_smi_that_does_not_know_leaves_it_to_torch(answer: str) -> None:
+    assert smi_cards(answer) is None
+
+
+@pytest.mark.parametrize(
+    ("toolkit", "serves"), [("13.0", False), ("12.8", True), ("11.8", True), ("14.0", False), ("", False)]
+)
+def test_a_driver_older_than_the_toolkit_leaves_it_to_torch(toolkit: str, serves: bool) -> None:
+    cards = smi_cards("T4, GPU-0, 10240, 0, 7.5, [N/A], 535.183.01")
+    assert cards is not None
+    assert driver_serves(cards, toolkit) is serves
 
 
 def test_visible_devices() -> None:
@@ -398,6 +467,232 @@ def test_visible_devices() -> None:
     assert visible_devices("", uuids) == []
     for unclear in ("5", "-1", "GPU-a", "MIG-x"):
         assert visible_devices(unclear, uuids) is None
+
+
+# --- what can be there at all -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("platform", "files", "expected"),
+    [
+        ("linux-x86_64", {}, set()),
+        ("linux-x86_64", {"dev/nvme0": "", "dev/nvram": "", "dev/dri/renderD128": ""}, set()),
+        ("linux-x86_64", {"dev/nvidia0": ""}, {"cuda"}),
+        ("linux-x86_64", {"dev/nvidiactl": ""}, {"cuda"}),
+        ("linux-x86_64", {"proc/driver/nvidia/version": "NVRM"}, {"cuda"}),
+        ("linux-aarch64", {"dev/nvhost-gpu": ""}, {"cuda"}),
+        ("linux-x86_64", {"dev/kfd": "", "sys/class/drm/renderD128/device/vendor": "0x1002"}, {"rocm"}),
+        ("linux-x86_64", {"sys/class/drm/renderD128/device/vendor": "0x8086\n"}, {"xpu"}),
+        ("linux-x86_64", {"sys/class/drm/renderD128/device/vendor": "0x8086", "dev/nvidia0": ""}, {"cuda", "xpu"}),
+        ("linux-x86_64", {"dev/dxg": ""}, {"cuda", "rocm", "xpu"}),
+        ("darwin-arm64", {}, {"mps"}),
+        ("darwin-x86_64", {}, set()),
+        ("win32-AMD64", {}, {"cuda", "rocm", "xpu"}),
+    ],
+)
+def test_device_files_say_what_can_be_there(
+    tmp_path: Path, platform: str, files: dict[str, str], expected: set[str]
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert kinds_present(tmp_path, platform) == expected
+
+
+def test_what_torch_is_built_for_is_read_off_its_version_file(tmp_path: Path) -> None:
+    file = tmp_path / "version.py"
+    file.write_text("__version__ = '2.13.0+cu130'\ncuda: Optional[str] = '13.0'\nhip: Optional[str] = None\n")
+    assert kinds_built(file) == {"cuda": "13.0"}
+    file.write_text("cuda: Optional[str] = None\nhip: Optional[str] = '7.1.2'\nxpu: Optional[str] = None\n")
+    assert kinds_built(file) == {"rocm": "7.1.2"}
+    file.write_text("cuda = None\nhip = None\nxpu = '20250301'\n")
+    assert kinds_built(file) == {"xpu": "20250301"}
+    file.write_text("cuda: Optional[str] = None\nhip: Optional[str] = None\nxpu: Optional[str] = None\n")
+    assert kinds_built(file) == {}
+    file.write_text("something new")
+    assert set(kinds_built(file)) == {"cuda", "rocm", "xpu"}
+
+
+def test_what_torch_is_built_for_agrees_with_torch() -> None:
+    import torch
+
+    built = kinds_built()
+    assert (built.get("cuda"), built.get("rocm")) == (torch.version.cuda, torch.version.hip)
+
+
+def test_detection_agrees_with_torch_and_imports_it_only_where_nothing_else_can_tell() -> None:
+    code = """
+import sys
+from llmtune.hardware import choose_device, detect
+from llmtune.hardware.presence import kinds_built, kinds_present
+from llmtune.hardware.rates import CACHE_FILE, disk_write_rate
+hardware = detect()
+loaded = sorted({"torch", "pandas", "numpy", "transformers"} & set(sys.modules))
+from llmtune.hardware.accelerators import ask_torch
+facts = lambda accelerators: [(a.index, a.name, a.kind, a.compute_capability) for a in accelerators]
+assert facts(hardware.accelerators) == facts(ask_torch()[0]), hardware
+assert choose_device(hardware).type
+print(loaded if not hardware.accelerators else [])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
+
+
+# --- how fast it is ---------------------------------------------------------------------------------------------------
+
+
+def measured(device: str = CPU.model, *, factor: float = 1.0, busy: float = 0.0, disk: float | None = 3e8) -> Rates:
+    def speed(threads: int) -> Speed:
+        return Speed(
+            threads=threads,
+            matmul={"bf16": threads * factor * 1e12, "fp32": threads * factor * 1.6e11},
+            memory_bytes_per_second=4e10,
+            fresh_bytes_per_second=7e9,
+        )
+
+    return Rates(
+        device=device, speeds=(speed(1), speed(2)), op_seconds=1e-6, disk_write_bytes_per_second=disk, busy_share=busy
+    )
+
+
+def test_measuring_gives_every_precision_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    import torch
+
+    threads = torch.get_num_threads()
+    hardware = detect(tmp_path, accelerators=())
+    found = measure_rates(hardware, choose_device(hardware), disk_path=tmp_path)
+    assert found.device == hardware.cpu.model
+    assert [speed.threads for speed in found.speeds] == sorted({1, hardware.cpu.usable_cores})
+    assert set(found.best.matmul) == set(hardware.precision_support)
+    assert all(found.best.matmul[name] >= rate for name, rate in found.speeds[0].matmul.items())
+    assert 0 <= found.busy_share <= 1
+    assert torch.get_num_threads() == threads
+    assert list(tmp_path.iterdir()) == []
+    assert Hardware.from_json(replace(hardware, rates=found).to_json()).rates == found
+
+
+def test_what_was_measured_is_found_again_without_torch(tmp_path: Path) -> None:
+    hardware, rates = machine(), measured()
+    device = choose_device(hardware)
+    assert cached_rates(hardware, device, tmp_path) is None
+    note_rates(hardware, device, rates, tmp_path)
+    assert cached_rates(hardware, device, tmp_path) == rates
+    assert with_rates(hardware, device, tmp_path).rates == rates
+    assert [path.name for path in tmp_path.iterdir()] == [CACHE_FILE]
+    other = machine(cpu=replace(CPU, usable_cores=1))
+    assert cached_rates(other, choose_device(other), tmp_path) is None
+    here = detect()
+    note_rates(here, choose_device(here), measured("as noted"), tmp_path)
+    code = """
+import sys
+from pathlib import Path
+from llmtune.hardware import cached_rates, choose_device, detect
+hardware = detect()
+print(cached_rates(hardware, choose_device(hardware), Path(sys.argv[1])).device)
+print("torch" in sys.modules and not hardware.accelerators)
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert done.stdout.splitlines() == ["as noted", "False"], done.stderr
+
+
+def test_devices_of_one_machine_are_kept_apart(tmp_path: Path) -> None:
+    hardware = machine(gpu())
+    cpu, accelerator = choose_device(hardware, "cpu"), choose_device(hardware)
+    note_rates(hardware, cpu, measured(), tmp_path)
+    note_rates(hardware, accelerator, measured("NVIDIA L4", factor=9), tmp_path)
+    of_cpu, of_gpu = (cached_rates(hardware, device, tmp_path) for device in (cpu, accelerator))
+    assert of_cpu is not None
+    assert of_gpu is not None
+    assert (of_cpu.device, of_gpu.device) == (CPU.model, "NVIDIA L4")
+
+
+def test_a_disturbed_measurement_does_not_replace_a_quiet_one(tmp_path: Path) -> None:
+    hardware = machine()
+    device, quiet, disturbed = choose_device(hardware), measured(), measured(factor=0.5, busy=0.5)
+    note_rates(hardware, device, disturbed, tmp_path)
+    assert cached_rates(hardware, device, tmp_path) == disturbed
+    note_rates(hardware, device, quiet, tmp_path)
+    note_rates(hardware, device, disturbed, tmp_path)
+    assert cached_rates(hardware, device, tmp_path) == quiet
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"\xff", b'{"format_version": 99}', b'{"format_version": 1, "rates": 3}']
+)
+def test_a_damaged_cache_is_measured_anew(tmp_path: Path, content: bytes) -> None:
+    hardware, rates = machine(), measured()
+    device = choose_device(hardware)
+    (tmp_path / CACHE_FILE).write_bytes(content)
+    assert cached_rates(hardware, device, tmp_path) is None
+    note_rates(hardware, device, rates, tmp_path)
+    assert cached_rates(hardware, device, tmp_path) == rates
+
+
+def test_values_that_cannot_be_are_not_taken_from_the_cache(tmp_path: Path) -> None:
+    hardware = machine()
+    device = choose_device(hardware)
+    note_rates(hardware, device, measured(), tmp_path)
+    file = tmp_path / CACHE_FILE
+    document = json.loads(file.read_text())
+    for name, value in (("op_seconds", -1.0), ("op_seconds", math.inf), ("speeds", []), ("busy_share", 2.0)):
+        broken = {key: rates | {name: value} for key, rates in document["rates"].items()}
+        file.write_text(json.dumps(document | {"rates": broken}))
+        assert cached_rates(hardware, device, tmp_path) is None, (name, value)
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    hardware = machine()
+    note_rates(hardware, choose_device(hardware), measured(), tmp_path / "file" / "cache")
+    assert cached_rates(hardware, choose_device(hardware), tmp_path / "file" / "cache") is None
+
+
+def test_documents_without_rates_and_with_wrong_ones(tmp_path: Path) -> None:
+    document = machine(rates=measured()).to_json()
+    assert Hardware.from_json({key: value for key, value in document.items() if key != "rates"}).rates is None
+    document["rates"]["speeds"][0]["matmul"]["bf16"] = 0
+    document["rates"]["speeds"][1]["fresh_bytes"] = 7.0
+    document["rates"]["disk"] = 1
+    with pytest.raises(ConfigError) as caught:
+        Hardware.from_json(document)
+    for part in (
+        "rates.speeds.0.matmul.bf16: got 0, expected greater than 0",
+        "rates.speeds.1.fresh_bytes: unknown key, did you mean 'fresh_bytes_per_second'?",
+        "rates.disk: unknown key",
+    ):
+        assert part in str(caught.value)
+
+
+def test_the_disk_of_a_place_that_is_not_there_yet(tmp_path: Path) -> None:
+    rate = disk_write_rate(tmp_path / "not" / "there" / "yet")
+    assert rate is not None
+    assert rate > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rates_far_below_what_is_usual_are_told_with_what_mends_them(tmp_path: Path) -> None:
+    def told(rates: Rates | None) -> list[str]:
+        return [f"{p.problem} | {p.fix}" for p in rate_problems(machine(rates=rates), tmp_path)]
+
+    assert told(None) == told(measured()) == []
+    busy = told(measured(factor=0.2, busy=0.6))
+    assert len(busy) == 1
+    assert "60 % of the usable cores" in busy[0]
+    assert "top" in busy[0]
+    slow = told(measured(factor=0.2))
+    assert len(slow) == 2
+    assert "bf16 matrix products reach 0.4 TFLOP/s; 2 are usual" in slow[0]
+    assert "cpupower" in slow[0]
+    assert "--output DIR" in told(measured(disk=1e6))[0]
+    assert "nothing can be written" in told(measured(disk=None))[0]
+
+
+def test_what_data_sheets_say_has_the_form_of_a_measurement() -> None:
+    for hardware in (machine(), machine(gpu()), machine(gpu(name="new", kind="xpu"))):
+        device = choose_device(hardware)
+        rates = nominal_rates(hardware, device)
+        assert rates.device == device.name
+        assert Hardware.from_json(replace(hardware, rates=rates).to_json()).rates == rates
 
 
 # --- this machine -----------------------------------------------------------------------------------------------------
@@ -419,8 +714,11 @@ def test_detect_reads_the_limits_of_the_given_root(tmp_path: Path) -> None:
     assert hardware.usable_ram_bytes <= GIB
 
 
-def test_diagnosis_holds_what_other_programs_rely_on() -> None:
-    diagnosis = diagnose()
+def test_diagnosis_holds_what_other_programs_rely_on(tmp_path: Path) -> None:
+    diagnosis = diagnose(disk_path=tmp_path, cache=tmp_path)
+    assert diagnosis.hardware.rates is not None
+    device = choose_device(diagnosis.hardware)
+    assert cached_rates(diagnosis.hardware, device, tmp_path) == diagnosis.hardware.rates
     document = json.loads(json.dumps(diagnosis.to_json()))
     assert set(document) == {"hardware", "versions", "usable", "problems"}
     assert Hardware.from_json(document) == diagnosis.hardware

@@ -195,8 +195,9 @@ def test_a_full_run_is_told(tmp_path: Path) -> None:
         "learning rate 0.0005 preset level quality of preset tiny",
         "targets q_proj, v_proj",
         "exact match 0 0.95 +0.95",
-        "peak memory on cpu 1.0 GiB 953.7 MiB +10 %",
-        "time of one step (median) 0.2 s 0.21 s -5 %",
+        "quantity predicted measured measured / predicted",
+        "peak memory on cpu 1.0 GiB 953.7 MiB 0.91 ×",
+        "time of one step (median) 0.2 s 0.21 s 1.05 ×",
         "activations 85.8 MiB",
         "base model ?? tuned model Where is the order? at step 120",
         "10 more are in data_report.json",
@@ -306,6 +307,86 @@ def test_measured_time_leaves_out_the_pause_between_two_sessions(tmp_path: Path)
     (run.path / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (whole,) = (item for item in summarise(run.path).predictions if item.name == "time of the whole run")
     assert whole.measured == 90.0
+
+
+def probed_run(path: Path, *, updates: int = 120) -> RunDirectory:
+    """A run whose second plan followed a probe, with the seconds of its evaluations and saves."""
+    run = full_run(path, updates=updates)
+    for name in ("plan.json", "plan-2.json"):
+        (run.path / name).unlink()
+    first, second = plan(), plan(micro_batch_size=4)
+    first["time"] = {
+        "step_seconds": 0.1,
+        "total_seconds": 15.0,
+        "low_seconds": 7.5,
+        "high_seconds": 45.0,
+        "terms": {"start": 1.0, "training": 12.0, "evaluation": 1.5, "saving": 0.5},
+        "basis": "nominal",
+    }
+    second["time"] = {
+        "step_seconds": 0.2,
+        "total_seconds": 28.0,
+        "low_seconds": 22.0,
+        "high_seconds": 36.0,
+        "terms": {"start": 1.0, "training": 24.0, "evaluation": 2.0, "saving": 1.0},
+        "basis": "measured",
+    }
+    assert isinstance(second["memory"], dict)
+    second["memory"] = second["memory"] | {"peak_bytes": 1.0e9}
+    second["measured"] = {"passes": [{"tokens": 1024}]}
+    run.add_plan(first)
+    run.add_plan(second)
+    lines = (run.path / "events.jsonl").read_text().splitlines()
+    told = []
+    for line in map(json.loads, lines):
+        seconds = {"evaluation": 0.6}.get(line["event"])
+        told.append(line | ({"seconds": seconds} if seconds else {}))
+        if line["event"] == "evaluation" and line["step"]:
+            told.append({"time": line["time"], "event": "checkpoint_saved", "step": line["step"], "seconds": 0.25})
+    told[0]["time"], told[-1]["time"] = "2026-01-01T00:00:00Z", "2026-01-01T00:00:30Z"
+    for line in told[1:-1]:
+        line["time"] = "2026-01-01T00:00:10Z"
+    (run.path / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in told))
+    return run
+
+
+def test_a_probed_run_is_compared_with_both_plans(tmp_path: Path) -> None:
+    run = probed_run(tmp_path / "r")
+    text = page(run).text
+    for told in (
+        "quantity first plan after the probe measured measured / first plan measured / after the probe",
+        "peak memory on cpu 1.0 GiB 953.7 MiB 953.7 MiB 0.91 × 1.00 ×",
+        "time of one step (median) 0.1 s 0.2 s 0.21 s 2.10 × 1.05 ×",
+        "evaluations, 4 in all 1.5 s 2 s 2.4 s 1.60 × 1.20 ×",
+        "checkpoints saved, 3 in all 0.5 s 1 s 0.75 s 1.50 × 0.75 ×",
+        "time of the whole run 15 s 28 s 30 s 2.00 × 1.07 ×",
+        "first predicted from data sheets and common experience",
+        "After the probe",
+        "It took as long as the last plan held possible.",
+    ):
+        assert told in text, told
+    document = summarise(run.path).to_json()
+    (memory, *_) = document["predictions"]
+    assert {"name", "unit", "predicted", "probed", "measured"} <= set(memory)
+    assert run.report.read_text(encoding="utf-8").count("after the probe") >= 2  # in the table and in the chart
+
+
+def test_a_run_that_ended_early_is_not_compared_with_the_whole(tmp_path: Path) -> None:
+    run = probed_run(tmp_path / "r", updates=100)
+    found = {item.name: item for item in summarise(run.path).predictions}
+    assert found["time of the whole run"].measured == 30.0
+    assert found["time of the whole run"].ratio is None
+    assert found["evaluations, 3 in all"].probed_ratio is None
+    assert found["time of one step (median)"].ratio is not None
+    text = page(run).text
+    assert "The run ended before its last planned update, so that totals cannot be compared." in text
+    assert "held possible" not in text
+
+
+def test_seconds_of_an_evaluation_are_no_measure_of_quality(tmp_path: Path) -> None:
+    run = probed_run(tmp_path / "r")
+    run.update_run(metrics=None)
+    assert "seconds" not in {metric.name for metric in summarise(run.path).metrics}
 
 
 def test_the_data_are_told(tmp_path: Path) -> None:

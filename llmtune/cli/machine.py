@@ -12,6 +12,7 @@ from llmtune.console import speaker
 from llmtune.units import format_bytes, format_count
 
 if TYPE_CHECKING:
+    from llmtune.hardware import Rates
     from llmtune.presets import Preset
 
 Family = Annotated[
@@ -24,11 +25,12 @@ ConfigName = Annotated[str | None, typer.Argument(metavar="NAME", help="Which co
 def doctor(as_json: Json = False) -> None:
     """Show what this machine can do.
 
-    Hardware, versions, what is usable, what is missing and the command that mends it.
+    Hardware, how fast it was measured to be, versions, what is usable, what is missing and the command that mends it.
     """
+    from llmtune.config import cache_dir
     from llmtune.hardware import diagnose
 
-    found = diagnose()
+    found = diagnose(cache=cache_dir())
     if as_json:
         speaker.emit(found.to_json())
         return
@@ -37,6 +39,8 @@ def doctor(as_json: Json = False) -> None:
         f"{format_bytes(found.hardware.usable_ram_bytes)} of RAM usable now, "
         f"{format_bytes(found.hardware.disk_free_bytes)} of disk free here"
     )
+    if (rates := found.hardware.rates) is not None:
+        speaker.table("Measured", ("what", "rate"), _rates(rates, on_cpu=not found.hardware.accelerators))
     speaker.table("Versions", ("package", "version"), list(found.versions.items()))
     usable = [(name, "yes" if item.available else "no", item.why) for name, item in found.usable.items()]
     speaker.table("Usable", ("what", "usable", "why"), usable)
@@ -44,6 +48,19 @@ def doctor(as_json: Json = False) -> None:
         speaker.show(f"! {item.problem}\n  mend: {item.fix}")
     if not found.problems:
         speaker.show("No problems found.")
+
+
+def _rates(rates: Rates, *, on_cpu: bool) -> list[tuple[str, str]]:
+    rows = []
+    for speed in rates.speeds:
+        threads = f", {speed.threads} thread{'s' * (speed.threads != 1)}" if on_cpu else ""
+        rows += [
+            (f"{precision} matrix products{threads}", f"{rate / 1e12:.2f} TFLOP/s")
+            for precision, rate in speed.matmul.items()
+        ]
+        rows.append((f"memory{threads}", f"{speed.memory_bytes_per_second / 1e9:.0f} GB/s"))
+    disk = rates.disk_write_bytes_per_second
+    return [*rows, ("disk, written and synchronised", f"{disk / 1e6:.0f} MB/s" if disk else "not writable")]
 
 
 @command("presets", example="llmtune presets\nllmtune presets qwen")

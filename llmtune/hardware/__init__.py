@@ -10,10 +10,12 @@ from llmtune.hardware.accelerate_configs import (
     launch_sharding,
     launch_shortfall,
 )
+from llmtune.hardware.datasheet import nominal_rates
 from llmtune.hardware.detection import detect
 from llmtune.hardware.device import DeviceChoice, choose_device
-from llmtune.hardware.facts import Accelerator, Cpu, Hardware
+from llmtune.hardware.facts import Accelerator, Cpu, Hardware, Rates, Speed
 from llmtune.hardware.processes import follow_parent
+from llmtune.hardware.rates import cached_rates, measure_rates, note_rates, with_rates
 from llmtune.hardware.threads import yield_cores
 
 if TYPE_CHECKING:
@@ -27,15 +29,22 @@ __all__ = [
     "Diagnosis",
     "Hardware",
     "Problem",
+    "Rates",
+    "Speed",
     "Usable",
     "accelerate_config_names",
     "accelerate_config_path",
+    "cached_rates",
     "choose_device",
     "detect",
     "diagnose",
     "follow_parent",
     "launch_sharding",
     "launch_shortfall",
+    "measure_rates",
+    "nominal_rates",
+    "note_rates",
+    "with_rates",
     "yield_cores",
 ]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from pathlib import Path
 
 from llmtune.hardware.facts import Cpu
@@ -26,7 +27,7 @@ def read_cpu(root: Path = Path("/"), *, num_affinity: int | None = None, cpu_quo
         physical = len({(e["physical id"], e["core id"]) for e in entries if "core id" in e and "physical id" in e})
         physical = physical or len(entries)
     else:
-        model, flags = platform.processor() or platform.machine() or "unknown", frozenset()
+        model, flags = apple_chip() or platform.processor() or platform.machine() or "unknown", frozenset()
         physical = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
     usable = num_affinity or _num_affinity()
     if cpu_quota is not None:
@@ -39,6 +40,17 @@ def read_cpu(root: Path = Path("/"), *, num_affinity: int | None = None, cpu_quo
         amx={"amx_tile", "amx_bf16"} <= flags,
         avx512_bf16="avx512_bf16" in flags,
     )
+
+
+def apple_chip() -> str | None:
+    """What macOS calls the processor, e.g. ``Apple M3 Max``; None on other systems."""
+    if platform.system() != "Darwin":
+        return None
+    try:
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.TimeoutExpired):
+        return None
 
 
 def _num_affinity() -> int:

@@ -5,21 +5,28 @@ from __future__ import annotations
 import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any
 
-from llmtune.hardware.accelerators import find_accelerators
-from llmtune.hardware.detection import detect
+from llmtune.hardware.accelerators import ask_torch
+from llmtune.hardware.datasheet import nominal_rates
+from llmtune.hardware.detection import detect, existing_parent
+from llmtune.hardware.device import choose_device
 from llmtune.hardware.facts import Hardware
 from llmtune.hardware.probes import Usable, probe_all
+from llmtune.hardware.rates import measure_rates, note_rates
 from llmtune.units import GIB, format_bytes
 
 # A 1B model in bf16 is 2.2 GB, its download cache as much again, and a few checkpoints follow.
 _LITTLE_DISK_BYTES = 5 * GIB
 # The interpreter with torch and transformers loaded is 0.6 GiB; a 1B model in bf16 is 2.1 GiB.
 _LITTLE_RAM_BYTES = 4 * GIB
+
+# Shares below which a measured rate needs an explanation, and a disk that makes saves noticeable. llmtune: chosen.
+_FAR_BELOW, _BUSY, _SLOW_DISK = 0.4, 0.25, 30e6
+_NO_TORCH = "torch cannot be imported"
 
 # Installed by extras or by hand; reported when there.
 _OPTIONAL = ("flash-attn", "triton", "deepspeed", "sentencepiece", "tensorboard", "nvidia-ml-py", "psycopg")
@@ -52,16 +59,26 @@ class Diagnosis:
         }
 
 
-def diagnose(hardware: Hardware | None = None, *, disk_path: Path | str = ".", root: Path = Path("/")) -> Diagnosis:
-    """Look at everything a run depends on; takes a few seconds, changes nothing.
+def diagnose(
+    hardware: Hardware | None = None,
+    *,
+    disk_path: Path | str = ".",
+    root: Path = Path("/"),
+    cache: Path | None = None,
+) -> Diagnosis:
+    """Look at everything a run depends on and measure the device that would train; takes a few seconds.
 
     Args:
-        hardware: What the machine is; detected when None.
+        hardware: What the machine is; detected and measured when None.
         disk_path: Where runs will be written.
         root: Where ``proc`` and ``sys`` are looked for.
+        cache: Folder of rebuildable things; what was measured is noted there for later plans.
     """
-    accelerators, failures = find_accelerators()
-    hardware = hardware or detect(disk_path, root=root, accelerators=accelerators)
+    accelerators, failures = ask_torch()
+    if hardware is None:
+        hardware = detect(disk_path, root=root, accelerators=accelerators)
+        if not any(failure.startswith(_NO_TORCH) for failure in failures):
+            hardware = _measured(hardware, disk_path, cache)
     requirements = _requirements()
     versions = installed_versions(requirements)
     problems = (
@@ -69,8 +86,17 @@ def diagnose(hardware: Hardware | None = None, *, disk_path: Path | str = ".", r
         *(Problem(problem=f, fix=_driver_fix(f)) for f in failures),
         *_torch_build_problems(root),
         *machine_problems(hardware, swap_bytes=_swap_bytes()),
+        *rate_problems(hardware, disk_path),
     )
     return Diagnosis(hardware=hardware, versions=versions, usable=probe_all(hardware), problems=problems)
+
+
+def _measured(hardware: Hardware, disk_path: Path | str, cache: Path | None) -> Hardware:
+    device = choose_device(hardware)
+    rates = measure_rates(hardware, device, disk_path=disk_path)
+    if cache is not None:
+        note_rates(hardware, device, rates, cache)
+    return replace(hardware, rates=rates)
 
 
 def _requirements() -> tuple[str, ...] | None:
@@ -128,7 +154,7 @@ def version_problems(requirements: Sequence[str] | None, versions: Mapping[str, 
 
 
 def _driver_fix(failure: str) -> str:
-    if failure.startswith("torch cannot be imported"):
+    if failure.startswith(_NO_TORCH):
         return "pip install --force-reinstall torch"
     if failure.startswith("CUDA"):
         return (
@@ -188,3 +214,43 @@ def machine_problems(hardware: Hardware, *, swap_bytes: int) -> Iterator[Problem
             fix=f"nothing to install; plans take {used}. bf16 needs an NVIDIA GPU of compute capability 8.0 "
             "or more, or a CPU with AMX or AVX512-BF16",
         )
+
+
+def rate_problems(hardware: Hardware, disk_path: Path | str) -> Iterator[Problem]:
+    """What was measured and is far below what the device should do."""
+    rates = hardware.rates
+    if rates is None:
+        return
+    if rates.busy_share > _BUSY:
+        yield Problem(
+            problem=f"other programs took {100 * rates.busy_share:.0f} % of the usable cores during the measurement; "
+            "these rates are too low, and a training now would be slowed down as much",
+            fix="see which they are (top) and stop them, then run llmtune doctor again",
+        )
+    promised = nominal_rates(hardware, choose_device(hardware)).best.matmul
+    for precision, rate in rates.best.matmul.items():
+        if rate < _FAR_BELOW * promised[precision] and rates.busy_share <= _BUSY:
+            yield Problem(
+                problem=f"{precision} matrix products reach {rate / 1e12:.2g} TFLOP/s; "
+                f"{promised[precision] / 1e12:.2g} are usual for {rates.device}",
+                fix=_slow_fix(hardware),
+            )
+    disk = rates.disk_write_bytes_per_second
+    place = existing_parent(disk_path)
+    if disk is None:
+        yield Problem(problem=f"nothing can be written to {place}", fix="write elsewhere: --output DIR")
+    elif disk < _SLOW_DISK:
+        yield Problem(
+            problem=f"the disk of {place} writes {format_bytes(disk)} per second; a checkpoint of 1 GB takes "
+            f"{1e9 / disk:.0f} s",
+            fix="write to another disk: --output DIR; or save less often: --set save.every_steps=N",
+        )
+
+
+def _slow_fix(hardware: Hardware) -> str:
+    if hardware.accelerators:
+        return "see its clocks, temperature and power limit: nvidia-smi -q -d PERFORMANCE,POWER,TEMPERATURE"
+    return (
+        "see what holds the cores back: a power-saving governor (cpupower frequency-set -g performance), a limit of "
+        "the container (docker run --cpus), or OMP_THREAD_LIMIT"
+    )

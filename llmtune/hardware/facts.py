@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from annotated_types import Ge
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from llmtune.errors import ConfigError, did_you_mean
 from llmtune.units import format_bytes
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 NonNegative = Annotated[int, Ge(0)]
 Positive = Annotated[int, Ge(1)]
+Share = Annotated[float, Ge(0), Le(1)]
+Rate = Annotated[float, Gt(0), Lt(math.inf)]  # what is measured is above zero and finite
 
 _STRICT = {"extra": "forbid", "strict": True}  # read by pydantic: no unknown keys, no "12" for 12
 
@@ -60,22 +63,48 @@ class Cpu:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Speed:
+    """What a device was measured to do with this many CPU threads.
+
+    Attributes:
+        matmul: Precision -> FLOP/s of matrix products.
+        memory_bytes_per_second: Read and written by operations on numbers that are in use: in a CPU's caches, in an
+            accelerator's memory.
+        fresh_bytes_per_second: The same for large tensors, whose memory the system of a CPU hands out anew each time.
+    """
+
+    __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
+
+    threads: Positive
+    matmul: Mapping[str, Rate]
+    memory_bytes_per_second: Rate
+    fresh_bytes_per_second: Rate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
     """What this machine was measured to do.
 
     Attributes:
-        device: What was measured, e.g. ``cpu`` or the name of the accelerator.
-        threads: CPU threads it was measured with.
-        matmul: Precision -> FLOP/s of a large matrix product.
-        disk_write_bytes_per_second: Bytes written and synchronised to the disk of runs.
+        device: What was measured: the name of the CPU or of the accelerator.
+        speeds: With one CPU thread and with all usable ones, in that order; one entry for an accelerator.
+        op_seconds: To launch one small operation.
+        disk_write_bytes_per_second: Written and synchronised to the disk of runs; None where nothing could be written.
+        busy_share: Share of the usable cores that other programs took meanwhile; the rates are low by about as much.
     """
 
     __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
 
     device: str
-    threads: Positive
-    matmul: Mapping[str, float]
-    disk_write_bytes_per_second: float
+    speeds: Annotated[tuple[Speed, ...], MinLen(1)]
+    op_seconds: Rate
+    disk_write_bytes_per_second: Rate | None
+    busy_share: Share
+
+    @property
+    def best(self) -> Speed:
+        """With all threads."""
+        return self.speeds[-1]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,20 +206,21 @@ class Hardware:
         return cls.from_json(document, where=str(path))
 
 
+# Which class a key belongs to, by a part of its path; the innermost first.
+_OWNERS: tuple[tuple[str, type], ...] = (
+    ("speeds", Speed),
+    ("rates", Rates),
+    ("accelerators", Accelerator),
+    ("cpu", Cpu),
+)
+
+
 def _sentence(detail: ErrorDetails) -> str:
     """One problem that pydantic found, in our words."""
     place = detail["loc"]
     key = ".".join(map(str, place)) or "the document"
     if detail["type"] == "unexpected_keyword_argument":
-        owner = (
-            Rates
-            if "rates" in place[:-1]
-            else Accelerator
-            if "accelerators" in place[:-1]
-            else Cpu
-            if "cpu" in place[:-1]
-            else Hardware
-        )
+        owner = next((kind for part, kind in _OWNERS if part in place[:-1]), Hardware)
         return f"{key}: unknown key{did_you_mean(str(place[-1]), [field.name for field in fields(owner)])}"
     expected = detail["msg"].removeprefix("Input should be ").removeprefix("an object ")
     if detail["type"] == "missing":

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from llmtune.reporting.facts import Curve, RunSummary
+from llmtune.reporting.facts import Curve, Prediction, RunSummary
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -34,6 +34,8 @@ def figures(summary: RunSummary) -> dict[str, Figure]:
     ):
         if name in curves:
             found[title] = _single(title, curves[name], colour, scale=2**-30 if name == "memory_bytes" else 1.0)
+            if name == "memory_bytes":
+                _draw_predictions(found[title], summary.predictions)
     return found
 
 
@@ -96,6 +98,22 @@ def _single(title: str, curve: Curve, colour: str, *, scale: float) -> Figure:
     else:
         figure.update_yaxes(rangemode="tozero")
     return figure
+
+
+def _draw_predictions(figure: Figure, predictions: Sequence[Prediction]) -> None:
+    """Horizontal lines at the predicted peak of memory."""
+    peak = next((item for item in predictions if item.unit == "bytes"), None)
+    if peak is None:
+        return
+    lines = [
+        ("first plan" if peak.probed else "predicted", peak.predicted, "dot"),
+        ("after the probe", peak.probed, "dash"),
+    ]
+    for index, (name, size, dash) in enumerate(lines):
+        if size:
+            place = "bottom left" if index else "top left"
+            style: Mapping[str, Any] = {"annotation_text": name, "annotation_position": place}
+            figure.add_hline(y=size * 2**-30, line={"color": RED, "width": 1, "dash": dash}, **style)
 
 
 def _draw(

@@ -20,19 +20,36 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prediction:
-    """One predicted quantity beside what was measured; None where there is nothing to tell."""
+    """One predicted quantity beside what was measured; None where there is nothing to tell.
+
+    Attributes:
+        predicted: By the first plan.
+        probed: By the plan that followed the probe.
+        comparable: Whether what was measured is all that was predicted; not in a run that ended early.
+        low, high: The range that the last prediction held possible.
+    """
 
     name: str
     unit: Literal["bytes", "seconds"]
     predicted: float | None
+    probed: float | None
     measured: float | None
+    comparable: bool = True
+    low: float | None = None
+    high: float | None = None
 
     @property
-    def error(self) -> float | None:
-        """Relative error of the prediction: 0.1 when 10 % more was predicted than measured."""
-        if not self.predicted or not self.measured:
-            return None
-        return self.predicted / self.measured - 1
+    def ratio(self) -> float | None:
+        """Measured over predicted: 1.1 when it was 10 % more than the first plan said."""
+        return self._over(self.predicted)
+
+    @property
+    def probed_ratio(self) -> float | None:
+        """Measured over what the plan after the probe said."""
+        return self._over(self.probed)
+
+    def _over(self, predicted: float | None) -> float | None:
+        return self.measured / predicted if self.comparable and predicted and self.measured else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +147,7 @@ class RunSummary:
         state: What became of the run, in one sentence.
         non_finite_steps: Steps whose loss or gradient norm was NaN or infinite.
         note: What the evaluations say about overfitting, or None.
+        predictions_note: What the predictions rest on, or None.
         data, environment: Rows of name and value.
         next_commands: Rows of purpose and command.
         data_account: What the rows of ``data`` say, in order; not part of ``to_json``.
@@ -153,6 +171,7 @@ class RunSummary:
     note: str | None
     metrics: tuple[Metric, ...]
     predictions: tuple[Prediction, ...]
+    predictions_note: str | None
     tokens: int | None
     supervised_tokens: int | None
     tokens_per_second: float | None

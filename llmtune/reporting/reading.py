@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llmtune.runs import number
@@ -34,3 +34,9 @@ def numbers(values: Mapping[str, Any], without: tuple[str, ...] = ()) -> dict[st
     """What of an object are numbers, NaN and infinities included."""
     found = {name: number(value) for name, value in values.items() if name not in without}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def finite(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
+    """The finite numbers that rows hold under a name."""
+    values = (number(row.get(name)) for row in rows)
+    return [value for value in values if value is not None and math.isfinite(value)]

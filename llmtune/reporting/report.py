@@ -63,6 +63,7 @@ def _tables(summary: RunSummary) -> dict[str, Any]:
     return {
         "facts": _facts(summary),
         "predictions": [_prediction(item) for item in summary.predictions],
+        "has_probe": any(item.probed is not None for item in summary.predictions),
         "memory_terms": [
             (name.replace("_", " "), format_bytes(size))
             for name, size in sorted(summary.memory_terms.items(), key=lambda item: -item[1])
@@ -212,11 +213,18 @@ def _tokens(summary: RunSummary) -> str | None:
     return format_count(summary.tokens) + (f", {format_count(supervised)} supervised" if supervised is not None else "")
 
 
-def _prediction(item: Prediction) -> tuple[str, str, str, str]:
+def _prediction(item: Prediction) -> tuple[str, str, str, str, str, str]:
+    """Name, first prediction, prediction after the probe, measured, and measured over each prediction."""
     form = format_bytes if item.unit == "bytes" else _duration
-    told = [form(value) if value is not None else "not measured" for value in (item.predicted, item.measured)]
-    error = "" if item.error is None else f"{item.error * 100:+.0f} %"
-    return item.name, told[0] if item.predicted is not None else "not predicted", told[1], error
+    predicted, probed, measured = (
+        absent if value is None else form(value)
+        for value, absent in ((item.predicted, "not predicted"), (item.probed, ""), (item.measured, "not measured"))
+    )
+    return item.name, predicted, probed, measured, _times(item.ratio), _times(item.probed_ratio)
+
+
+def _times(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f} ×"
 
 
 def _duration(seconds: float) -> str:

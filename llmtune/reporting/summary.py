@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,11 +20,11 @@ from llmtune.reporting.facts import (
     Metric,
     PlanChange,
     PlanRow,
-    Prediction,
     RunSummary,
     Sample,
 )
-from llmtune.reporting.reading import items, mapping, numbers, text
+from llmtune.reporting.predictions import predictions, predictions_note
+from llmtune.reporting.reading import finite, items, mapping, numbers, text
 from llmtune.reporting.verdict import judge, overfitting_note, state_sentence
 from llmtune.runs import RunDirectory, number
 
@@ -51,6 +50,7 @@ def summarise(run_dir: Path | str) -> RunSummary:
     done = max((step["step"] for step in steps), default=0)
     planned = _planned_steps(plan)
     status = str(document.get("status", "planned"))
+    foretold = predictions(plans, steps, events, is_over=status == "finished")
     data_report = mapping(_optional(run, "data_report.json"))
     return RunSummary(
         name=run.name,
@@ -69,7 +69,8 @@ def summarise(run_dir: Path | str) -> RunSummary:
         verdict=judge(metrics, is_over=status == "finished"),
         note=overfitting_note(evaluations),
         metrics=metrics,
-        predictions=_predictions(plan, steps, events, is_over=status == "finished"),
+        predictions=foretold,
+        predictions_note=predictions_note(plans, foretold),
         tokens=_total(steps, "num_tokens"),
         supervised_tokens=_total(steps, "num_supervised_tokens"),
         tokens_per_second=_median(steps, "tokens_per_second"),
@@ -111,49 +112,7 @@ def _metrics(recorded: Mapping[str, Any], evaluations: tuple[EvaluationRow, ...]
 
 
 def _measures(row: EvaluationRow) -> dict[str, float]:
-    return {name: value for name, value in row.values.items() if not name.endswith("_seconds") and name[:4] != "num_"}
-
-
-def _predictions(
-    plan: Mapping[str, Any], steps: list[dict[str, Any]], events: list[dict[str, Any]], *, is_over: bool
-) -> tuple[Prediction, ...]:
-    memory, time = mapping(plan.get("memory")), mapping(plan.get("time"))
-    peaks = [peak for step in steps if (peak := number(step.get("memory_bytes"))) is not None]
-    found = (
-        Prediction(
-            name=f"peak memory on {memory.get('device', 'the device')}",
-            unit="bytes",
-            predicted=number(memory.get("peak_bytes")),
-            measured=max(peaks, default=None),
-        ),
-        Prediction(
-            name="time of one step (median)",
-            unit="seconds",
-            predicted=number(time.get("step_seconds")),
-            measured=_median(steps, "step_seconds"),
-        ),
-        Prediction(
-            name="time of the whole run",
-            unit="seconds",
-            predicted=number(time.get("total_seconds")),
-            measured=_active_seconds(events) if is_over else None,
-        ),
-    )
-    return tuple(item for item in found if item.predicted is not None or item.measured is not None)
-
-
-def _active_seconds(events: Iterable[Mapping[str, Any]]) -> float | None:
-    """Seconds in which the run was worked on: from each start to the last event before the next."""
-    total, begun, last = 0.0, None, None
-    for event in events:
-        moment = _moment(event.get("time"))
-        if moment is None:
-            continue
-        if begun is None or last is None or event["event"] == "run_started":
-            total += (last - begun).total_seconds() if begun and last else 0.0
-            begun = moment
-        last = moment
-    return total + (last - begun).total_seconds() if begun and last else None
+    return {name: value for name, value in row.values.items() if not name.endswith("seconds") and name[:4] != "num_"}
 
 
 def _curves(steps: list[dict[str, Any]], evaluations: tuple[EvaluationRow, ...]) -> dict[str, Curve]:
@@ -174,18 +133,13 @@ def _is_non_finite(step: Mapping[str, Any]) -> bool:
     return any(value is not None and not math.isfinite(value) for value in values)
 
 
-def _finite(steps: list[dict[str, Any]], name: str) -> list[float]:
-    values = (number(step.get(name)) for step in steps)
-    return [value for value in values if value is not None and math.isfinite(value)]
-
-
 def _total(steps: list[dict[str, Any]], name: str) -> int | None:
-    values = _finite(steps, name)
+    values = finite(steps, name)
     return int(sum(values)) if values else None
 
 
 def _median(steps: list[dict[str, Any]], name: str) -> float | None:
-    values = _finite(steps, name)
+    values = finite(steps, name)
     return median(values) if values else None
 
 
@@ -276,13 +230,6 @@ def _optional(run: RunDirectory, name: str) -> Any:
 
 def _command(value: Any) -> str | None:
     return shlex.join(str(part) for part in value) if isinstance(value, list) else text(value)
-
-
-def _moment(value: Any) -> datetime | None:
-    try:
-        return datetime.fromisoformat(value)
-    except (TypeError, ValueError):
-        return None
 
 
 def _flat(value: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
