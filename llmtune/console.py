@@ -41,10 +41,23 @@ class Speaker:
         """Whether a person is watching stderr, so that moving displays make sense."""
         return sys.stderr.isatty() and not self.quiet and not self.muted
 
-    def say(self, text: str) -> None:
+    @property
+    def answered(self) -> bool:
+        """Whether a person is there who reads what is said and can answer it."""
+        return self.interactive and sys.stdin.isatty()
+
+    def say(self, text: str, *, bold: bool = False) -> None:
         """One informative line on stderr."""
         if not self.quiet and not self.muted:
-            self._console("err").print(text, markup=False)
+            self._console("err").print(text, style="bold" if bold else None, markup=False)
+
+    def ask(self, prompt: str) -> str:
+        """What a person types behind ``prompt``, which stands on stderr. Ask only where `answered`.
+
+        Raises:
+            EOFError: The input has ended.
+        """
+        return self._console("err").input(f"{prompt} ", markup=False, emoji=False).strip()
 
     def warn(self, text: str) -> None:
         """One warning on stderr; shown under ``--quiet`` too."""

@@ -19,7 +19,7 @@ from llmtune.hardware import detect
 from llmtune.runs import RunDirectory
 
 COMMANDS = (
-    *("train", "resume", "plan", "demo", "check", "preview", "runs", "show", "report"),
+    *("train", "resume", "plan", "demo", "init", "check", "preview", "runs", "show", "report"),
     *("eval", "chat", "study", "doctor", "presets", "accelerate-config"),
 )
 HEAVY = ("torch", "transformers", "datasets", "peft", "optuna", "accelerate", "sqlalchemy", "plotly", "numpy", "rich")

@@ -50,6 +50,7 @@ VALUES = {
     "train.checkpoint_every": 2,
     "train.activation_offload": True,
     "train.compile": True,
+    "train.probe": False,
     "train.device": "cpu",
     "train.num_workers": 2,
     "train.threads": 2,
@@ -376,6 +377,7 @@ NUMBERS = {
     "train.checkpoint_every": st.integers(1, 8),
     "train.activation_offload": st.booleans(),
     "train.compile": st.booleans(),
+    "train.probe": st.booleans(),
 }
 TEXTS = dict.fromkeys(
     ["model.id", "model.revision", "data.path", "data.chat_template", "train.schedule", "output.dir", "output.root"],

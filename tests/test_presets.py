@@ -15,6 +15,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmtune.config import load_config
 from llmtune.errors import ConfigError
 from llmtune.presets import (
     GOALS,
@@ -28,6 +29,7 @@ from llmtune.presets import (
     dataset_size,
     find_entry,
 )
+from llmtune.presets.custom import SETTINGS
 from llmtune.presets.reading import LEVEL_FIELDS, preset_files
 from llmtune.units import GIB
 
@@ -401,6 +403,23 @@ def test_custom_without_goal_changes_every_level_of_the_generic_preset() -> None
 def test_custom_alpha_is_kept_as_given() -> None:
     level = Preset.custom({"rank": 4, "alpha": 5}).level("quality", "small")
     assert (level.rank, level.alpha, level.sources["alpha"]) == (4, 5, "custom")
+
+
+def test_a_custom_preset_is_used_through_its_settings() -> None:
+    preset = Preset.custom({"family": "qwen", "rank": 64, "epochs": 2, "evals_per_epoch": 3})
+    settings = preset.settings("quality", "small")
+    level = preset.level("quality", "small")
+    assert settings["adapter.rank"] == 64
+    assert settings["adapter.alpha"] == 128
+    assert settings["train.epochs"] == 2
+    config = load_config(settings, environ={})
+    assert (config.train.learning_rate, config.train.schedule) == (level.learning_rate, level.schedule)
+    assert (config.train.warmup_ratio, config.train.weight_decay) == (level.warmup_ratio, level.weight_decay)
+    assert config.adapter.dropout == level.dropout
+    # What has no key counts passes where the configuration counts updates.
+    assert set(LEVEL_FIELDS) - set(SETTINGS) == {"evals_per_epoch", "saves_per_epoch"}
+    with pytest.raises(ConfigError, match="did you mean 'quality'"):
+        preset.settings("qualty", "small")
 
 
 @pytest.mark.parametrize("method", [None, *METHODS])

@@ -47,6 +47,9 @@ Resume = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Of order, split, dropout, initialisation.")]
 MaxSteps = Annotated[int | None, typer.Option("--max-steps", metavar="N", help="Stop after this many updates.")]
+HardwareFile = Annotated[
+    str | None, typer.Option("--hardware", metavar="FILE", help="Plan for the machine of this llmtune doctor --json.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 
 

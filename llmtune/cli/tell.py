@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 import shlex
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from llmtune.console import speaker
+from llmtune.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from llmtune.finetuner import RunResult
     from llmtune.planning import Plan
     from llmtune.reporting import RunSummary
     from llmtune.study import StudyResult
+
+_BAR_WIDTH = 30
 
 
 def tell_plan(plan: Plan, as_json: bool) -> None:
@@ -27,6 +30,8 @@ def tell_plan(plan: Plan, as_json: bool) -> None:
         speaker.emit(plan.to_json())
     else:
         show_plan(plan.rows())
+        _show_terms("Memory", {name: (size, format_bytes(size)) for name, size in plan.memory.terms.items()})
+        _show_terms("Time", {name: (spent, format_seconds(spent)) for name, spent in plan.time.terms.items()})
         speaker.show(plan.summary())
         for notice in plan.notices:
             speaker.warn(notice)
@@ -37,6 +42,17 @@ def show_plan(rows: Iterable[tuple[str, object, str, str]]) -> None:
     """Name, value, source and reason of every choice; a long value is broken, to leave room for the reasons."""
     broken = [(name, textwrap.fill(_shown(value), 24), source, reason) for name, value, source, reason in rows]
     speaker.table("Plan", ("name", "value", "source", "reason"), broken)
+
+
+def _show_terms(title: str, terms: Mapping[str, tuple[float, str]]) -> None:
+    """What adds up to a total, the largest first, each with a bar as long as its share."""
+    total = sum(value for value, _ in terms.values())
+    rows = [
+        (name, shown, f"{value / total:.0%}", "█" * round(_BAR_WIDTH * value / total))
+        for name, (value, shown) in sorted(terms.items(), key=lambda term: -term[1][0])
+        if value > 0
+    ]
+    speaker.table(title, ("term", "predicted", "share", ""), rows)
 
 
 def tell_result(result: RunResult, as_json: bool) -> None:

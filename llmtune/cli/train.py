@@ -11,6 +11,7 @@ from llmtune.cli.options import (
     Asked,
     Config,
     EvalData,
+    HardwareFile,
     Json,
     MaxSteps,
     MaybeData,
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
     from llmtune.config import RunConfig
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop; the same as llmtune plan.")]
-HardwareFile = Annotated[
-    str | None, typer.Option("--hardware", metavar="FILE", help="Plan for the machine of this llmtune doctor --json.")
-]
 
 
 @command("train", example="llmtune train chats.jsonl --preset quality\nllmtune train --config run.yaml --set epochs=3")

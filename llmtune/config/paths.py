@@ -17,3 +17,16 @@ def cache_dir() -> Path:
 def store_url() -> str | None:
     """Database URL of the run store from ``LLMTUNE_STORE``; None means SQLite beside the runs."""
     return os.environ.get("LLMTUNE_STORE") or None
+
+
+def has_hub_token() -> bool:
+    """Whether an access token for the Hugging Face Hub is at hand: in the environment, or noted by ``hf auth login``.
+
+    The client's own answer, without the third of a second that loading the client takes.
+    """
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_DISABLE_IMPLICIT_TOKEN:
+        return False
+    named = (os.environ.get(name, "").strip() for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"))
+    return any(named) or Path(constants.HF_TOKEN_PATH).is_file()

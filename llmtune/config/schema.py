@@ -124,6 +124,7 @@ class TrainConfig(Group):
     checkpoint_every: Positive | None = Field(None, description="recompute only every n-th layer")
     activation_offload: bool | None = Field(None, description="keep what recomputed layers start from in host memory")
     compile: bool | None = Field(None, description="compile the decoder layers")
+    probe: bool | None = Field(None, description="measure one forward and backward pass before step 1")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps or xpu")
     num_workers: Annotated[int, Field(ge=0)] | None = Field(None, description="data loader processes")
     threads: Positive | None = Field(None, description="CPU threads of one process")

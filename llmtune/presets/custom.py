@@ -14,6 +14,17 @@ from llmtune.units import format_bytes
 
 WHERE = "requirements"
 SOURCE = "custom"
+# Number of a level -> the configuration key that sets it. Evaluations and saves are set in updates, not per pass.
+SETTINGS = {
+    "epochs": "train.epochs",
+    "learning_rate": "train.learning_rate",
+    "schedule": "train.schedule",
+    "warmup_ratio": "train.warmup_ratio",
+    "weight_decay": "train.weight_decay",
+    "rank": "adapter.rank",
+    "alpha": "adapter.alpha",
+    "dropout": "adapter.dropout",
+}
 
 
 def customise(requirements: Mapping[str, Any]) -> Preset:

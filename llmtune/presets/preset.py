@@ -104,7 +104,7 @@ class Preset:
             requirements: ``family`` to start from (generic when not given); any number of a level, such as ``epochs``
                 or ``rank``, for every level or only those of ``goal`` and ``size``; ``max_memory`` such as ``8GiB``
                 keeps the models that fit, with ``method`` or with any method. A new rank without a new alpha keeps
-                their ratio.
+                their ratio. ``settings`` gives the numbers to ``FineTuner``.
 
         Raises:
             ConfigError: A requirement is unknown or out of range, or no model of the family fits; all are listed.
@@ -127,6 +127,22 @@ class Preset:
         if problems:
             raise ConfigError(f"preset {self.family}", problems)
         return self.levels[goal][size]
+
+    def settings(self, goal: str, size: str) -> dict[str, Any]:
+        """The numbers of a level as configuration keys, which is how a preset of your own is used.
+
+            numbers = Preset.custom({"family": "qwen", "rank": 64}).settings("quality", "small")
+            FineTuner("data.jsonl", **numbers)
+
+        Learning rates are for adapters. Evaluations and saves per pass are not among them: their keys count updates.
+
+        Raises:
+            ConfigError: Goal or size is unknown.
+        """
+        from llmtune.presets.custom import SETTINGS
+
+        level = self.level(goal, size)
+        return {key: getattr(level, name) for name, key in SETTINGS.items()}
 
     def validate(self) -> tuple[bool, list[str]]:
         """Whether the preset can be used, and one sentence per problem."""
