@@ -29,10 +29,10 @@ SETTINGS = {
 }
 
 
-def train(data: Path, output: Path, *launch: str) -> subprocess.CompletedProcess[str]:
+def train(data: Path, output: Path, *launch: str, extra: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     flags = [part for key, value in SETTINGS.items() for part in ("--set", f"{key}={json.dumps(value)}")]
     where = ["--output", str(output), "--set", f"output.root={output.parent}"]
-    command = [*launch, "-m", "llmtune", "train", str(data), "--model", "builtin:tiny", *where, *flags]
+    command = [*launch, "-m", "llmtune", "train", str(data), "--model", "builtin:tiny", *where, *flags, *extra]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
         environment.pop(name, None)

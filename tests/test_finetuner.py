@@ -42,7 +42,7 @@ def test_the_run_directory_holds_the_whole_account(family_model: Model, tmp_path
     result = FineTuner(data, preset="highspeed", **how).train()
     found = {path.name for path in result.run_dir.iterdir() if not path.name.startswith(".")}
     expected = {"run.json", "plan.json", "environment.json", "events.jsonl", "data_report.json", "status.json"}
-    assert found == expected | {"checkpoints", "adapter", "report.html"}
+    assert found == expected | {"plan-2.json", "checkpoints", "adapter", "report.html"}
     run = RunDirectory.open(result.run_dir)
     document = run.run
     assert (document["status"], document["exit_code"], document["steps"]) == ("finished", 0, 6)

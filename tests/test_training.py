@@ -165,12 +165,12 @@ def test_own_metrics_choose_the_best_and_are_reported(family_model: Model, tmp_p
         max_new_tokens=4,
         metric_rows=2,
     )
-    assert len(seen) == 3  # base, step 3, step 6
+    assert len(seen) == 4  # rehearsal, base, step 3, step 6
     assert all(len(answers) == len(references) == 2 for answers, references in seen)
     assert seen[0][1][0] in {row["answer"] for row in ROWS}
-    assert result.metrics["calls"] == -2.0
-    assert result.metrics["base_calls"] == -1.0
-    assert RunDirectory.open(tmp_path / "run").run["best"] == {"metric": "calls", "value": -2.0, "step": 3}
+    assert result.metrics["calls"] == -3.0
+    assert result.metrics["base_calls"] == -2.0
+    assert RunDirectory.open(tmp_path / "run").run["best"] == {"metric": "calls", "value": -3.0, "step": 3}
 
 
 # --- how it stops and goes on -----------------------------------------------------------------------------------------

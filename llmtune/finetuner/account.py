@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from llmtune.checkpoints import step_of
@@ -22,8 +23,10 @@ from llmtune.errors import ConfigError, LlmtuneError, OutputError, Preempted, Tr
 from llmtune.finetuner.result import RunResult
 from llmtune.hardware import Hardware
 from llmtune.planning import Plan
+from llmtune.planning.correction import experience
 from llmtune.reporting import write_report
 from llmtune.runs import RunDirectory, RunStore, choose_directory, derive_name, is_run
+from llmtune.training.meter import is_out_of_memory
 
 if TYPE_CHECKING:
     from llmtune.training import TrainingOutcome
@@ -178,15 +181,6 @@ def told(run: RunDirectory) -> Iterator[None]:
         ) from error
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on whatever device."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    text = str(error)
-    signs = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
-    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)
-
-
 def finish(run: RunDirectory, outcome: TrainingOutcome) -> RunResult:
     """Write down a run that came to its end."""
     metric = run.run["config"]["evaluate"]["metric"]
@@ -220,7 +214,7 @@ def _close(run: RunDirectory, status: str, exit_code: int) -> None:
     last = steps[-1] if steps else {}
     of = (run.latest_plan() or {}).get("choices", {}).get("updates", {}).get("value")
     saved = [event for event in run.events() if event["event"] == "checkpoint_saved"]
-    run.update_run(status=status, exit_code=exit_code, steps=last.get("step", 0))
+    run.update_run(status=status, exit_code=exit_code, steps=last.get("step", 0), **_measured(run, steps))
     run.write_status(
         state=status,
         step=last.get("step", 0),
@@ -236,6 +230,36 @@ def _close(run: RunDirectory, status: str, exit_code: int) -> None:
     except Exception as error:  # the report retells what the run directory holds; without it nothing is lost
         speaker.warn(f"the report could not be written: {error!r}; try `llmtune report {run.path}`")
     index(run)
+
+
+def _measured(run: RunDirectory, steps: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the run took, for its report, and what that teaches about predictions, for the runs after it."""
+    document = run.latest_plan()
+    if document is None or not steps:
+        return {}
+    saves = [event.get("seconds", 0.0) for event in run.events() if event["event"] == "checkpoint_saved"]
+    seconds = [step["step_seconds"] for step in steps]
+    usual = median(seconds[1:] or seconds)  # the first one compiles kernels
+    peak = max(step["memory_bytes"] for step in steps)
+    took = {
+        "steps": len(steps),
+        "step_seconds": usual,
+        "training_seconds": sum(seconds),
+        "evaluation_seconds": sum(evaluation.get("seconds", 0.0) for evaluation in run.evaluations()),
+        "save_seconds": sum(saves),
+        "memory_bytes": peak,
+    }
+    plan = Plan.from_json(document)
+    if plan.measured is None:
+        return {"measured": took}
+    learned = experience(
+        plan.measured,
+        precision=plan.precision.value,
+        quantization=plan.quantization.value,
+        step_seconds=usual,
+        peak_bytes=None if plan.token_budget.source == "measured" else peak,
+    )
+    return {"measured": took, "experience": learned.to_json()}
 
 
 def _last_step(run: RunDirectory) -> int:

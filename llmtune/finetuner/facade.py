@@ -17,7 +17,7 @@ from llmtune.evaluation import Metric
 from llmtune.finetuner import account, facts, rows
 from llmtune.finetuner.result import RunResult
 from llmtune.hardware import Hardware, launch_shortfall, yield_cores
-from llmtune.planning import Plan, make_plan
+from llmtune.planning import Plan, PlanRequest, make_plan
 from llmtune.runs import RunDirectory
 
 if TYPE_CHECKING:
@@ -115,6 +115,7 @@ class FineTuner:
         report = rows.check_data(inputs)
         report.raise_if_bad(self.config.data.on_bad_row)
         speaker.say(f"data: {report.rows:,} rows, {report.format} ({report.reason})")
+        machine = ranks.from_main(facts.measured(self.config, machine) if ranks.is_main else machine)
         model = facts.model_of(self.config, machine, inputs, download=True)
         with ranks.main_first():  # the main process tokenises, the others map its files
             data = facts.data_of(self.config, model, inputs)
@@ -124,13 +125,15 @@ class FineTuner:
         plan = ranks.from_main(make_plan(request) if ranks.is_main else None)
         assert plan is not None
         plan.require_fit()
+        if request.correction.basis == "runs":
+            speaker.say(f"predictions: {request.correction.reason}")
         run = self._open_run(ranks, model, data, inputs.name)
         if run.run["status"] == "finished":
             speaker.say(f"{run.path} is finished; nothing to do")
             return RunResult.of(run)
         with run.lock() if ranks.is_main else nullcontext():
             try:
-                job, resume_from = self._prepare(run, ranks, machine, model, data, plan, report)
+                job, resume_from = self._prepare(run, ranks, request, model, data, plan, report)
             except BaseException:
                 if ranks.is_main:
                     run.discard()  # nothing has been trained: leave nothing half-created behind
@@ -189,7 +192,7 @@ class FineTuner:
         self,
         run: RunDirectory,
         ranks: Ranks,
-        machine: facts.Machine,
+        request: PlanRequest,
         model: facts.Model,
         data: rows.Data,
         plan: Plan,
@@ -203,11 +206,12 @@ class FineTuner:
         from llmtune.training import TrainingJob
 
         resume_from = ranks.from_main(self._checkpoint(run) if ranks.is_main else None)
-        in_force = run.latest_plan()
+        continues = ranks.from_main(resume_from is not None or bool(run.steps()))
+        in_force = run.latest_plan() if continues else None
         if in_force is not None:  # a continued run neither plans nor probes again
             plan = Plan.from_json(in_force)
         elif ranks.is_main:
-            account.begin(run, config=self.config, plan=plan, fingerprint=data.fingerprint, hardware=machine.hardware)
+            account.begin(run, config=self.config, plan=plan, fingerprint=data.fingerprint, hardware=request.hardware)
             run.write_json("data_report.json", report.to_json())
         if ranks.is_main:
             speaker.say(f"run: {run.path}")
@@ -245,6 +249,7 @@ class FineTuner:
             checkpoint_facts={"identity": run.run["identity"], "data_fingerprint": data.fingerprint},
             callbacks=self._callbacks,
             metrics=self._metrics,
+            request=None if continues or self.config.train.probe is False else request,
         )
         return job, resume_from
 

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmtune.config import RunConfig
+import orjson
+
+from llmtune.config import RunConfig, cache_dir, has_hub_token, load_config
 from llmtune.console import quieten_libraries
 from llmtune.errors import ConfigError
 from llmtune.finetuner import rows
 from llmtune.finetuner.rows import Data, Inputs
-from llmtune.hardware import DeviceChoice, Hardware, choose_device, detect, launch_sharding
+from llmtune.hardware import (
+    DeviceChoice,
+    Hardware,
+    cached_rates,
+    choose_device,
+    detect,
+    launch_sharding,
+    with_rates,
+)
 from llmtune.models import ModelLocation, ModelSpec, load_tokenizer, locate, preset_of, read_spec, spec_from_entry
 from llmtune.planning import Choice, Plan, PlanRequest, choose_model, make_plan
+from llmtune.planning.correction import Experience, correction
 from llmtune.presets import CatalogueEntry, Preset, find_entry
 
 if TYPE_CHECKING:
@@ -22,14 +33,17 @@ if TYPE_CHECKING:
 
 # Bytes of English text per token of a 32k vocabulary, where neither tokenizer nor catalogue knows better.
 USUAL_BYTES_PER_TOKEN = 4.0
+# Run directories that are looked into for what they teach about predictions, the newest: 50 take about 2 ms.
+RUNS_LEARNED_FROM = 50
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """Where a run happens."""
+    """Where a run happens, and what earlier runs there have shown, newest first."""
 
     hardware: Hardware
     device: DeviceChoice
+    experiences: tuple[Experience, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +58,41 @@ class Model:
 
 
 def machine_of(config: RunConfig, hardware: Hardware | None = None) -> Machine:
-    """This machine, or the one described by ``hardware``, and the device that will train."""
-    hardware = hardware or detect(config.output.dir or config.output.root)
-    return Machine(hardware=hardware, device=choose_device(hardware, config.train.device))
+    """This machine as far as it is known without measuring, or the one described by ``hardware``."""
+    found = hardware or detect(config.output.dir or config.output.root)
+    device = choose_device(found, config.train.device)
+    if hardware is None:
+        found = replace(found, rates=cached_rates(found, device, cache_dir()))
+    return Machine(hardware=found, device=device, experiences=experiences(Path(config.output.root)))
+
+
+def measured(config: RunConfig, machine: Machine) -> Machine:
+    """The same machine with the rates of its device, measured now unless they were measured before."""
+    place = config.output.dir or config.output.root
+    return replace(machine, hardware=with_rates(machine.hardware, machine.device, cache_dir(), disk_path=place))
+
+
+def experiences(root: Path) -> tuple[Experience, ...]:
+    """What the newest runs below ``root`` have shown about predictions, newest first; a damaged run says nothing."""
+    found = []
+    for path in _newest_runs(root):
+        try:
+            document = orjson.loads(path.read_bytes())
+            found.append(Experience.from_json(document["experience"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return tuple(found)
+
+
+def _newest_runs(root: Path) -> list[Path]:
+    return sorted(root.glob("*/run.json"), key=_changed, reverse=True)[:RUNS_LEARNED_FROM]
+
+
+def _changed(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def model_of(config: RunConfig, machine: Machine, inputs: Inputs, *, download: bool) -> Model:
@@ -61,8 +107,8 @@ def model_of(config: RunConfig, machine: Machine, inputs: Inputs, *, download: b
     choice = Choice(config.model.id, "you set model.id", "user")
     wanted = config.model
     if wanted.id == "auto":
-        entry, choice = _choose_entry(config, machine, inputs)
-        wanted = wanted.model_copy(update={"id": entry.id})
+        choice = _begun(config, inputs) or _choose_entry(config, machine, inputs)
+        wanted = wanted.model_copy(update={"id": choice.value})
     if not download and not _is_here(wanted.id) and (known := find_entry(wanted.id)) is not None:
         return Model(
             spec=spec_from_entry(known), preset=Preset.load(known.family), choice=choice, location=None, tokenizer=None
@@ -94,6 +140,14 @@ def plan_of(config: RunConfig, machine: Machine, model: Model, data: Data, *, pr
 
 def plan_request(config: RunConfig, machine: Machine, model: Model, data: Data, *, processes: int) -> PlanRequest:
     """The facts in the form the planner takes."""
+    best = machine.hardware.precision_support[0]  # what the planner takes, unless told otherwise
+    learned = correction(
+        machine.experiences,
+        device=machine.device.name,
+        precision=config.train.precision or ("fp32" if best == "tf32" else best),
+        quantization=config.adapter.quantization if config.train.method == "qlora" else None,
+        parameters=model.spec.parameters,
+    )
     return PlanRequest(
         config=config,
         hardware=machine.hardware,
@@ -106,10 +160,29 @@ def plan_request(config: RunConfig, machine: Machine, model: Model, data: Data, 
         processes=processes,
         sharding=launch_sharding(os.environ) if processes > 1 else None,
         model_choice=model.choice,
+        correction=learned,
     )
 
 
-def _choose_entry(config: RunConfig, machine: Machine, inputs: Inputs) -> tuple[CatalogueEntry, Choice[str]]:
+def _begun(config: RunConfig, inputs: Inputs) -> Choice[str] | None:
+    """The model of an unfinished run of this very command; None where there is none.
+
+    Free memory and measured rates differ from start to start. The choice must not: the run would never be found again.
+    """
+    for path in _newest_runs(Path(config.output.root)):
+        try:
+            run = orjson.loads(path.read_bytes())
+            if run["status"] == "finished" or run["data_fingerprint"] != inputs.fingerprint:
+                continue
+            begun = load_config(run["config"], environ={}, where=str(path))
+        except (OSError, ValueError, KeyError, TypeError, ConfigError):
+            continue
+        if begun.identity_hash() == config.identity_hash():
+            return Choice(str(run["model"]), f"{path.parent} has begun with it and is not finished", "derived")
+    return None
+
+
+def _choose_entry(config: RunConfig, machine: Machine, inputs: Inputs) -> Choice[str]:
     """The best catalogue entry for this data, estimated in each entry's tokens."""
     found = rows.surveyed(inputs.train)
 
@@ -127,7 +200,12 @@ def _choose_entry(config: RunConfig, machine: Machine, inputs: Inputs) -> tuple[
         return plan_of(config, machine, model, data_for(entry), processes=1)
 
     drops = config.data.too_long != "refuse"
-    return choose_model(plan, lambda entry: 0 if drops else data_for(entry).stats.length_max)
+    _, choice = choose_model(
+        plan,
+        lambda entry: 0 if drops else data_for(entry).stats.length_max,
+        gated=config.model.token is not None or has_hub_token(),
+    )
+    return choice
 
 
 def _is_here(model_id: str) -> bool:

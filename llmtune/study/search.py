@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any
 from llmtune.config import RunConfig, load_config
 from llmtune.console import speaker
 from llmtune.errors import ConfigError, PlanError, Preempted, TrainingError, did_you_mean
-from llmtune.finetuner import account, facts
+from llmtune.finetuner import facts
 from llmtune.finetuner.rows import check_data, inputs_of
 from llmtune.runs import RunDirectory, number
 from llmtune.study.result import Number, StudyResult, TrialRecord, best_of, shown, write_best
 from llmtune.study.settled import Settled, held, read_settled, study_directory
 from llmtune.study.space import Dimension, default_space, read_space
+from llmtune.training.meter import is_out_of_memory
 
 if TYPE_CHECKING:
     from llmtune.planning import Plan
@@ -202,7 +203,7 @@ class Study:
             trials.fail(trial, str(error))
             return
         except Exception as error:
-            if not account.is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             trials.fail(trial, f"memory ran out before the first update: {error}")
             return

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from llmtune.config import RunConfig
 from llmtune.planning import Plan
@@ -46,12 +47,13 @@ def training_arguments(
         optim=plan.optimizer.value,
         bf16=plan.autocast and precision == "bf16",
         fp16=plan.autocast and precision == "fp16",
-        activation_checkpointing=plan.activation_checkpointing.value,
+        **_checkpointing(plan),
+        torch_compile=plan.compile.value,
         use_cpu=on_cpu,
         ddp_backend="gloo" if on_cpu and plan.processes.value > 1 else None,
         ddp_find_unused_parameters=False if plan.processes.value > 1 else None,
         dataloader_num_workers=plan.num_workers.value,
-        dataloader_pin_memory=not on_cpu,
+        dataloader_pin_memory=plan.pin_memory.value,
         logging_strategy="steps",
         logging_steps=1,
         logging_nan_inf_filter=False,
@@ -71,3 +73,20 @@ def training_arguments(
         seed=plan.seed.value,
         data_seed=plan.seed.value,
     )
+
+
+def _checkpointing(plan: Plan) -> dict[str, Any]:
+    """Which layers are recomputed in the backward pass, and where what they start from waits.
+
+    Without reentrance, so that inputs need no gradient and hooks of DDP see each parameter once.
+    """
+    # transformers 5.23 calls activation checkpointing what was gradient checkpointing before; 5.17 knows the same keys.
+    name = "activation" if hasattr(PreTrainedModel, "activation_checkpointing_enable") else "gradient"
+    if not plan.activation_checkpointing.value:
+        return {f"{name}_checkpointing": False}
+    how = {
+        "use_reentrant": False,
+        "every_n_layers": plan.checkpoint_every.value,
+        "offload": plan.activation_offload.value,
+    }
+    return {f"{name}_checkpointing": True, f"{name}_checkpointing_kwargs": how}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
+from llmtune.errors import LlmtuneError, TrainingError
 from llmtune.hardware import follow_parent
 
 T = TypeVar("T")
@@ -58,6 +59,30 @@ class Ranks:
         yield
         if self.is_main:
             self.wait()
+
+    def agreed(self, act: Callable[[], T], *, main_only: bool = False) -> T | None:
+        """What ``act`` returns; an error on the main process ends the others too, instead of leaving them waiting.
+
+        Args:
+            act: Done on every rank, or on the main one alone; the others get None.
+            main_only: Whether it is done on the main one alone.
+
+        Raises:
+            TrainingError: On the other ranks, with what the main process raised.
+        """
+        result: T | None = None
+        failed: LlmtuneError | None = None
+        if self.is_main or not main_only:
+            try:
+                result = act()
+            except LlmtuneError as error:
+                failed = error
+        told = self.from_main(None if failed is None else str(failed))
+        if failed is not None:
+            raise failed
+        if told is not None:
+            raise TrainingError(told)
+        return result
 
     @property
     def is_sharded(self) -> bool:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ from llmtune.console import speaker
 from llmtune.data import EncodedDataset
 from llmtune.errors import ConfigError, Preempted
 from llmtune.evaluation import Metric, Prompt, answer, as_base, prompts_of
-from llmtune.planning import Plan
+from llmtune.planning import Plan, PlanRequest
 from llmtune.runs import RunDirectory
 from llmtune.training.arguments import greater_is_better, metric_key, training_arguments
 from llmtune.training.guards import (
@@ -30,6 +28,8 @@ from llmtune.training.guards import (
     StopSignal,
     early_stop_notice,
 )
+from llmtune.training.meter import MemoryMeter
+from llmtune.training.probe import BeforeFirstUpdate
 from llmtune.training.ranks import Ranks
 from llmtune.training.trainer import LoopSettings, UpdateTrainer
 from llmtune.training.watchers import EventLog, ProgressDisplay, Watcher
@@ -44,6 +44,7 @@ class TrainingJob:
         checkpoint_facts: Identity of the run for the manifests.
         callbacks: The user's own.
         metrics: The user's own measures of generated answers, by name.
+        request: What the plan was made from, to plan again after the probe; None where nothing is probed.
     """
 
     plan: Plan
@@ -57,6 +58,7 @@ class TrainingJob:
     checkpoint_facts: Mapping[str, Any]
     callbacks: Sequence[TrainerCallback]
     metrics: Mapping[str, Metric]
+    request: PlanRequest | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +80,9 @@ def run_training(job: TrainingJob, resume_from: Path | None) -> TrainingOutcome:
     """Train, keep the best, answer the sample prompts, save the result.
 
     Raises:
-        ConfigError: Packing, with positions that are not those of the rows alone.
+        ConfigError: Packing, with positions that are not those of the rows alone; a metric of the user's fails.
+        PlanError: The probe shows that memory does not hold one row.
+        LlmtuneError: A rehearsal before step 1 failed, see `rehearse`.
         Preempted: A signal came; the run was saved at the end of its step.
     """
     if job.plan.packing.value:
@@ -162,10 +166,14 @@ def _trainer(job: TrainingJob, stop: StopSignal, *, resumes: bool) -> UpdateTrai
         settings=settings,
         ranks=job.ranks,
     )
-    memory = _memory_meter(trainer.args.device)
+    meter = MemoryMeter(trainer.args.device, plan.memory.terms.get("context", 0))
+    if job.request is not None and trainer.is_deepspeed_enabled:
+        speaker.say("probe: none under DeepSpeed, whose engine keeps the gradients of a pass")
+    elif job.request is not None:
+        trainer.add_first_callback(BeforeFirstUpdate(job, trainer, job.request, meter))
     if job.ranks.is_main:
-        events = EventLog(run, facts=lambda: trainer.last_update, memory_bytes=memory)
-        trainer.add_callback(Watcher(events, ProgressDisplay(memory)))
+        events = EventLog(run, trainer, meter.peak_of_tensors)
+        trainer.add_callback(Watcher(events, ProgressDisplay(meter.peak_of_tensors)))
         trainer.add_callback(CheckpointCleanup(run, plan.keep_checkpoints.value))
     trainer.add_callback(PreemptionGuard(lambda: trainer.stop_agreed))
     if evaluates and plan.patience.value is not None:
@@ -258,14 +266,6 @@ def _save_final(job: TrainingJob, trainer: UpdateTrainer) -> None:
     job.ranks.wait()
     if job.ranks.is_main:
         replace_directory(staged, target)
-
-
-def _memory_meter(device: torch.device) -> Callable[[], int]:
-    """Peak memory so far: of the device, or the resident set of this process on a CPU."""
-    if device.type == "cuda":
-        return lambda: int(torch.cuda.max_memory_allocated(device))
-    unit = 1 if sys.platform == "darwin" else 1024
-    return lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 __all__ = ["TrainingJob", "TrainingOutcome", "find_checkpoint", "run_training"]

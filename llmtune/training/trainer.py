@@ -22,8 +22,9 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,8 @@ class UpdateTrainer(Trainer):
         self.control: TrainerControl
         self.last_update: StepFacts | None = None
         self.stop_agreed = False
+        self.evaluation_seconds = 0.0  # of the latest one
+        self.save_seconds = 0.0  # of the latest one
         super().__init__(
             model=model,
             args=args,
@@ -116,31 +119,51 @@ class UpdateTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)
 
+    def add_first_callback(self, callback: TrainerCallback) -> None:
+        """Add a callback that is told before all others, trackers included."""
+        self.callback_handler.callbacks.insert(0, callback)
+
     # ------------------------------------------------------------------ data
 
     def get_train_dataloader(self) -> UpdateLoader:
         """Items are updates, already sharded over the ranks; accelerate must not shard them again."""
-        settings = self._settings
-        sampler = UpdateSampler(
+        return UpdateLoader(
+            self._train_data,
+            self.sampler(),
+            self.collator(self._settings.token_budget),
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+
+    def sampler(self) -> UpdateSampler:
+        """Which rows this rank's share of each update has."""
+        return UpdateSampler(
             self._train_data.lengths,
             self._train_data.parts,
-            global_batch_size=settings.global_batch_size,
+            global_batch_size=self._settings.global_batch_size,
             seed=self.args.seed,
             rank=self._ranks.rank,
             num_ranks=self._ranks.size,
         )
-        collator = UpdateCollator(
+
+    def collator(self, token_budget: int) -> UpdateCollator:
+        """How rows of an update are cut into forward passes of at most ``token_budget`` padded tokens."""
+        settings = self._settings
+        return UpdateCollator(
             pad_token_id=self.processing_class.pad_token_id,
-            token_budget=settings.token_budget,
+            token_budget=token_budget,
             max_rows=settings.micro_batch_size,
             packing=settings.packing,
             pad_multiple=settings.pad_multiple,
             pass_overhead_tokens=settings.pass_overhead_tokens,
         )
-        pin = self.args.device.type == "cuda"
-        return UpdateLoader(
-            self._train_data, sampler, collator, num_workers=self.args.dataloader_num_workers, pin_memory=pin
-        )
+
+    def set_token_budget(self, token_budget: int) -> None:
+        """Cut all updates and evaluations to come for this budget; which rows an update has stays as it is."""
+        self._settings = replace(self._settings, token_budget=token_budget)
+        loader = self.callback_handler.train_dataloader
+        if loader is not None:
+            loader.collate_fn = self.collator(token_budget)
 
     def num_examples(self, dataloader: Any) -> int:
         """Rows of one epoch; the loader's own length counts updates."""
@@ -169,13 +192,27 @@ class UpdateTrainer(Trainer):
         total = torch.zeros((), device=self.args.device)
         last = len(inputs.micro_batches) - 1
         for number, batch in enumerate(inputs.micro_batches):
-            # DeepSpeed steps when gradients are marked as complete; DDP reduces outside no_sync.
-            self.accelerator.gradient_state._set_sync_gradients(number == last)
-            with contextlib.nullcontext() if number == last else self.accelerator.no_sync(model):
-                loss = model(**self._prepare_inputs(batch), num_items_in_batch=1).loss * scale
-                self.accelerator.backward(loss)
-            total += loss.detach().float()
+            total += self.forward_and_backward(model, batch, scale, reduces=number == last)
         return total
+
+    def forward_and_backward(
+        self, model: torch.nn.Module, batch: dict[str, torch.Tensor], scale: float, *, reduces: bool
+    ) -> torch.Tensor:
+        """One micro-batch: adds its gradients to those that are there, and returns its summed loss times ``scale``.
+
+        Args:
+            model: As the Trainer has wrapped it.
+            batch: See ``Update.micro_batches``.
+            scale: Factor of the loss.
+            reduces: Whether gradients are added up over the ranks afterwards.
+        """
+        # DeepSpeed steps when gradients are marked as complete; DDP reduces outside no_sync.
+        self.accelerator.gradient_state._set_sync_gradients(reduces)
+        with contextlib.nullcontext() if reduces else self.accelerator.no_sync(model):
+            loss = model(**self._prepare_inputs(batch), num_items_in_batch=1).loss * scale
+            self.accelerator.backward(loss)
+        summed: torch.Tensor = loss.detach().float()
+        return summed
 
     def _agree(self, update: Update) -> StepFacts:
         counts = [
@@ -215,18 +252,8 @@ class UpdateTrainer(Trainer):
         """
         data = self._eval_data if eval_dataset is None else eval_dataset
         assert data is not None, "evaluation was asked for without evaluation data"
-        model = self.model_wrapped if self.is_fsdp_enabled or self.is_deepspeed_enabled else self.model
-        part = score(
-            model,
-            data,
-            pad_token_id=self.processing_class.pad_token_id,
-            token_budget=self._settings.token_budget,
-            pad_multiple=self._settings.pad_multiple,
-            device=self.args.device,
-            rank=self._ranks.rank,
-            num_ranks=self._ranks.size,
-        )
-        scores = self._add_up(part)
+        began = time.perf_counter()
+        scores = self.score(data)
         metrics = {
             f"{metric_key_prefix}_loss": scores.loss,
             f"{metric_key_prefix}_perplexity": scores.perplexity,
@@ -235,9 +262,24 @@ class UpdateTrainer(Trainer):
         if self._settings.evaluate is not None:
             own = self._settings.evaluate(self.model) if self._ranks.is_main else {}
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in self._ranks.from_main(own).items()}
+        self.evaluation_seconds = time.perf_counter() - began
         self.log(dict(metrics))  # log() adds to what it is given
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def score(self, data: EncodedDataset) -> Scores:
+        """Loss on ``data``, each rank scoring its share."""
+        part = score(
+            self.model_wrapped if self.is_fsdp_enabled or self.is_deepspeed_enabled else self.model,
+            data,
+            pad_token_id=self.processing_class.pad_token_id,
+            token_budget=self._settings.token_budget,
+            pad_multiple=self._settings.pad_multiple,
+            device=self.args.device,
+            rank=self._ranks.rank,
+            num_ranks=self._ranks.size,
+        )
+        return self._add_up(part)
 
     def _add_up(self, part: Scores) -> Scores:
         if self._ranks.size == 1:
@@ -258,7 +300,7 @@ class UpdateTrainer(Trainer):
         return str(self._staging or self._committed_to)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        step = self.state.global_step
+        began, step = time.perf_counter(), self.state.global_step
         name = f"checkpoint-{step}"
         final = self._committed_to / name
         with self._stage(step) as staging:
@@ -270,6 +312,7 @@ class UpdateTrainer(Trainer):
                 _point_to_committed(staging / name, self.state.best_model_checkpoint)
                 commit(staging / name, final, self._manifest_facts())
             self._ranks.wait()
+        self.save_seconds = time.perf_counter() - began
 
     @contextlib.contextmanager
     def _stage(self, step: int) -> Iterator[Path]:

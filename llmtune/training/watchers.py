@@ -14,7 +14,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from llmtune.console import ProgressBar, speaker
 from llmtune.runs import RunDirectory
-from llmtune.training.trainer import StepFacts
+from llmtune.training.trainer import UpdateTrainer
 from llmtune.units import format_bytes, format_seconds
 
 # How often status.json is rewritten at most; events.jsonl has every step.
@@ -112,14 +112,12 @@ class EventLog:
 
     Args:
         run: The run directory.
-        facts: The counts of the update just done.
+        trainer: Whose latest update, evaluation and save are told.
         memory_bytes: Peak memory so far: of the device, or the resident set on a CPU.
     """
 
-    def __init__(
-        self, run: RunDirectory, *, facts: Callable[[], StepFacts | None], memory_bytes: Callable[[], int]
-    ) -> None:
-        self._run, self._facts, self._memory_bytes = run, facts, memory_bytes
+    def __init__(self, run: RunDirectory, trainer: UpdateTrainer, memory_bytes: Callable[[], int]) -> None:
+        self._run, self._trainer, self._memory_bytes = run, trainer, memory_bytes
         self._began_at, self._began_step, self._status_at = 0.0, 0, 0.0
         self._loss: float | None = None
         self._checkpoint: str | None = None
@@ -131,7 +129,7 @@ class EventLog:
 
     def stepped(self, state: TrainerState, logs: dict[str, float], seconds: float) -> None:
         """One ``step`` line."""
-        facts = self._facts()
+        facts = self._trainer.last_update
         assert facts is not None, "a step was logged before any update ran"
         self._loss = logs["loss"]
         self._run.event(
@@ -154,12 +152,14 @@ class EventLog:
     def evaluated(self, state: TrainerState, metrics: dict[str, float]) -> None:
         """One ``evaluation`` line; the prefix ``eval_`` is kept on the loss and the user's metrics."""
         fields = {("perplexity" if key == "eval_perplexity" else key): value for key, value in metrics.items()}
-        self._run.event("evaluation", state.global_step, epoch=state.epoch, **fields)
+        seconds = self._trainer.evaluation_seconds
+        self._run.event("evaluation", state.global_step, epoch=state.epoch, seconds=seconds, **fields)
 
     def saved(self, state: TrainerState) -> None:
         """One ``checkpoint_saved`` line."""
         self._checkpoint = f"checkpoints/checkpoint-{state.global_step}"
-        self._run.event("checkpoint_saved", state.global_step, path=self._checkpoint, best=state.best_global_step)
+        seconds, best = self._trainer.save_seconds, state.best_global_step
+        self._run.event("checkpoint_saved", state.global_step, path=self._checkpoint, best=best, seconds=seconds)
         self._status(state, force=True)
 
     def ended(self, state: TrainerState) -> None:
