@@ -545,6 +545,7 @@ def test_validate_lists_what_does_not_make_sense(tmp_path: Path) -> None:
     wrong["catalogue"][1]["minimum_memory"]["qlora"] = "1TiB"
     wrong["catalogue"][2]["bytes_per_token"] = 40
     wrong["catalogue"][2]["context"] = 0
+    wrong["catalogue"][2]["released"] = "April 2025"
     wrong["catalogue"].append(wrong["catalogue"][3])
     ok, problems = read(tmp_path, wrong).validate()
     assert not ok
@@ -562,6 +563,7 @@ def test_validate_lists_what_does_not_make_sense(tmp_path: Path) -> None:
         "expected qlora <= lora <= full",
         "bytes_per_token: got 40",
         "context: got 0",
+        "released: got 'April 2025'",
         "is listed 2 times",
     ):
         assert any(expected in problem for problem in problems), expected

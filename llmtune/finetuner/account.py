@@ -24,7 +24,6 @@ from llmtune.finetuner.result import RunResult
 from llmtune.hardware import Hardware
 from llmtune.planning import Plan
 from llmtune.planning.correction import experience
-from llmtune.reporting import write_report
 from llmtune.runs import RunDirectory, RunStore, choose_directory, derive_name, is_run
 from llmtune.training.meter import is_out_of_memory
 
@@ -226,6 +225,8 @@ def _close(run: RunDirectory, status: str, exit_code: int) -> None:
     )
     try:
         if run.run["config"]["monitor"]["report"]:
+            from llmtune.reporting import write_report
+
             write_report(run.path)
     except Exception as error:  # the report retells what the run directory holds; without it nothing is lost
         speaker.warn(f"the report could not be written: {error!r}; try `llmtune report {run.path}`")

@@ -197,7 +197,7 @@ def _choose_entry(config: RunConfig, machine: Machine, inputs: Inputs) -> Choice
             location=None,
             tokenizer=None,
         )
-        return plan_of(config, machine, model, data_for(entry), processes=1)
+        return make_plan(plan_request(config, machine, model, data_for(entry), processes=1), alternatives=False)
 
     drops = config.data.too_long != "refuse"
     _, choice = choose_model(

@@ -12,6 +12,7 @@ from llmtune.hardware.accelerators import find_accelerators
 from llmtune.hardware.cgroup import read_limits
 from llmtune.hardware.cpu import read_cpu
 from llmtune.hardware.facts import Accelerator, Hardware
+from llmtune.hardware.probes import can_compile
 
 
 def detect(
@@ -35,8 +36,9 @@ def detect(
     limits = read_limits(root)
     memory = psutil.virtual_memory()
     own = _own_bytes()
+    found = tuple(find_accelerators(root) if accelerators is None else accelerators)
     return Hardware(
-        accelerators=tuple(find_accelerators(root) if accelerators is None else accelerators),
+        accelerators=found,
         cpu=read_cpu(root, cpu_quota=limits.cpu_quota),
         ram_total_bytes=memory.total,
         ram_available_bytes=min(memory.total, memory.available + own),
@@ -44,6 +46,7 @@ def detect(
         cgroup_used_bytes=None if limits.memory_used_bytes is None else max(0, limits.memory_used_bytes - own),
         disk_free_bytes=free_disk_bytes(disk_path),
         platform=f"{sys.platform}-{platform.machine()}",
+        can_compile=can_compile(found),
     )
 
 

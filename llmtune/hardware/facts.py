@@ -113,7 +113,7 @@ class Hardware:
 
     ``cgroup_limit_bytes`` is the memory limit that binds first, None without one; ``cgroup_used_bytes`` is what counts
     against it already, less the file cache that the kernel gives back under pressure. ``rates`` is None
-    where nothing was measured.
+    where nothing was measured. ``can_compile``: what ``torch.compile`` calls is there.
     """
 
     __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
@@ -127,6 +127,7 @@ class Hardware:
     disk_free_bytes: NonNegative
     platform: str
     rates: Rates | None = None
+    can_compile: bool = False
 
     @property
     def usable_ram_bytes(self) -> int:

@@ -8,11 +8,12 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 
-from llmtune.hardware.facts import Hardware
+from llmtune.hardware.facts import Accelerator, Hardware
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,12 +95,24 @@ def _flash_attention(hardware: Hardware) -> Usable:
     return _yes_or_no(able, "installed", "needs an NVIDIA GPU of compute capability 8.0 or more")
 
 
+def find_compiler() -> str | None:
+    """Path of the C++ compiler that torch.compile would call."""
+    names = shlex.split(os.environ.get("CXX", "")) or ["g++", "clang++", "c++", "cl"]
+    return next((path for name in names if (path := shutil.which(name))), None)
+
+
+def can_compile(accelerators: Sequence[Accelerator]) -> bool:
+    """Whether what torch.compile needs is installed, untried: a compiler, Python's headers, triton."""
+    if any(a.kind in ("cuda", "rocm", "xpu") for a in accelerators) and find_spec("triton") is None:
+        return False
+    return find_compiler() is not None and (Path(sysconfig.get_path("include")) / "Python.h").is_file()
+
+
 def _compile(hardware: Hardware) -> Usable:
     """Lets the C++ compiler that torch.compile would call check a file that includes Python.h, as inductor's do."""
     if any(a.kind in ("cuda", "rocm", "xpu") for a in hardware.accelerators) and find_spec("triton") is None:
         return Usable(available=False, why="not installed: pip install triton")
-    names = shlex.split(os.environ.get("CXX", "")) or ["g++", "clang++", "c++", "cl"]
-    compiler = next((path for name in names if (path := shutil.which(name))), None)
+    compiler = find_compiler()
     if compiler is None:
         return Usable(available=False, why="no C++ compiler: apt install g++, or xcode-select --install")
     if os.path.basename(compiler).lower().startswith("cl."):

@@ -7,10 +7,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from llmtune.errors import ModelError
+from llmtune.models.activations import TracedActivations
 from llmtune.presets import CatalogueEntry, ModelShape
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from llmtune.models.locate import ModelLocation
+
+# Architectures whose layers ``llmtune.planning.memory`` has written down, and the activation function they have then.
+WRITTEN_DOWN = {
+    "LlamaForCausalLM": "silu",
+    "MistralForCausalLM": "silu",
+    "Qwen2ForCausalLM": "silu",
+    "Qwen3ForCausalLM": "silu",
+    "PhiForCausalLM": "gelu_new",
+    "Phi3ForCausalLM": "silu",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +45,9 @@ class ModelSpec:
         context: Longest sequence in tokens that the position embedding covers.
         linears: Linear modules inside the decoder layers, the head excluded.
         known_from: ``config`` (read from the model) or ``catalogue`` (nothing was downloaded).
+        residual_dropout: Whether the model drops a part of what its attention and MLP give.
+        stored_item: Bytes of a weight on disk.
+        activations: What one of its layers keeps and needs, where that is not written down for its architecture.
     """
 
     id: str
@@ -43,6 +59,9 @@ class ModelSpec:
     context: int
     linears: tuple[LinearModule, ...]
     known_from: str
+    residual_dropout: bool = False
+    stored_item: int = 2
+    activations: TracedActivations | None = None
 
     @property
     def block_parameters(self) -> int:
@@ -106,7 +125,34 @@ def read_spec(location: ModelLocation, family: str) -> ModelSpec:
         context=context_of(config),
         linears=linears,
         known_from="config",
+        residual_dropout=(getattr(config.get_text_config(), "resid_pdrop", None) or 0.0) > 0,
+        stored_item=4 if str(config.dtype).endswith("float32") else 2,
+        activations=None if has_closed_form(config, type(model).__name__) else _traced(model),
     )
+
+
+def has_closed_form(config: Any, architecture: str) -> bool:
+    """Whether the planner knows by heart what a layer of this model does, operation by operation."""
+    text = config.get_text_config()
+    return (
+        architecture in WRITTEN_DOWN
+        and WRITTEN_DOWN[architecture] == getattr(text, "hidden_act", None)
+        and not getattr(text, "attention_dropout", 0.0)
+        and not getattr(text, "qk_layernorm", False)
+    )
+
+
+# Configuration -> what was traced: it takes seconds, and a spec is read several times in a run.
+_TRACED: dict[str, TracedActivations | None] = {}
+
+
+def _traced(model: PreTrainedModel) -> TracedActivations | None:
+    from llmtune.models.trace import trace_activations
+
+    key = f"{type(model).__name__} {model.config.to_json_string(use_diff=False)}"
+    if key not in _TRACED:
+        _TRACED[key] = trace_activations(model)
+    return _TRACED[key]
 
 
 def context_of(config: Any) -> int:
@@ -151,6 +197,8 @@ def spec_from_entry(entry: CatalogueEntry) -> ModelSpec:
             for name, width, out in _linears_of(entry.architecture, entry.shape)
         ),
         known_from="catalogue",
+        # Phi-2 has 0.1, Phi-1.5 none: the catalogue does not say, so the larger.
+        residual_dropout=entry.architecture == "PhiForCausalLM",
     )
 
 

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 from llmtune.errors import ConfigError, DataError, did_you_mean
+from llmtune.planning.batching import packing_problem
 from llmtune.planning.request import PlanRequest
 from llmtune.presets import SCHEDULES
 
 # Modules beside the decoder's linear layers that an adapter may sit on.
 BESIDE_LAYERS = ("lm_head", "embed_tokens")
+# transformers' OptimizerNames (5.23), here so that planning does not load transformers.
+OPTIMIZERS = frozenset(
+    """
+    adafactor adagrad adalomo adamw_8bit adamw_anyprecision adamw_bnb_8bit adamw_torch adamw_torch_4bit
+    adamw_torch_8bit adamw_torch_fused adamw_torch_npu_fused adamw_torch_xla ademamix ademamix_8bit apollo_adamw
+    apollo_adamw_layerwise galore_adafactor galore_adafactor_layerwise galore_adamw galore_adamw_8bit
+    galore_adamw_8bit_layerwise galore_adamw_layerwise grokadamw lion_32bit lion_8bit lomo paged_adamw_32bit
+    paged_adamw_8bit paged_ademamix_32bit paged_ademamix_8bit paged_lion_32bit paged_lion_8bit rmsprop rmsprop_bnb
+    rmsprop_bnb_32bit rmsprop_bnb_8bit schedule_free_adamw schedule_free_radam schedule_free_sgd sgd stable_adamw
+    """.split()
+)
+# What bitsandbytes' optimizers are called without pages, where more than the prefix differs.
+PLAIN_NAMES = {"adamw_8bit": "adamw_bnb_8bit", "adamw_32bit": "adamw_torch_fused"}
 
 
 def check_request(request: PlanRequest) -> None:
@@ -17,7 +31,13 @@ def check_request(request: PlanRequest) -> None:
         ConfigError: Values that cannot be used with this model or machine.
         DataError: The longest row does not fit the model's context.
     """
-    problems = [*_name_problems(request), *_machine_problems(request), *_target_problems(request)]
+    problems = [
+        *_name_problems(request),
+        *_machine_problems(request),
+        *_checkpointing_problems(request),
+        *packing_problem(request),
+        *_target_problems(request),
+    ]
     asked, stats, spec = request.config.data.max_length, request.stats, request.spec
     if asked is not None and asked > spec.context:
         problems.append(f"data.max_length: got {asked}, but the context of {spec.id} is {spec.context} tokens")
@@ -40,15 +60,44 @@ def _name_problems(request: PlanRequest) -> list[str]:
             "expected train.schedule=constant_with_warmup"
         )
     if train.optimizer is not None:
-        from transformers.training_args import OptimizerNames
+        if train.optimizer not in OPTIMIZERS:
+            problems.append(f"train.optimizer: got '{train.optimizer}'{did_you_mean(train.optimizer, OPTIMIZERS)}")
+        elif train.optimizer.startswith("paged_") and request.device.type != "cuda":
+            plain = train.optimizer.removeprefix("paged_")
+            problems.append(
+                f"train.optimizer: got '{train.optimizer}', but only CUDA moves pages between device and host; "
+                f"expected {PLAIN_NAMES.get(plain, plain)}"
+            )
+    return problems
 
-        known = {str(kind.value) for kind in OptimizerNames}
-        if train.optimizer not in known:
-            problems.append(f"train.optimizer: got '{train.optimizer}'{did_you_mean(train.optimizer, known)}")
+
+def _checkpointing_problems(request: PlanRequest) -> list[str]:
+    train, problems = request.config.train, []
+    if train.activation_checkpointing is False:
+        problems += [
+            f"train.{leaf}: got {shown}, but train.activation_checkpointing=false recomputes no layer; leave one out"
+            for leaf, shown in (("checkpoint_every", train.checkpoint_every), ("activation_offload", "true"))
+            if getattr(train, leaf)
+        ]
+    if train.activation_offload and request.device.type not in ("cuda", "xpu"):
+        problems.append(
+            f"train.activation_offload: got true, but there is no memory beside that of the {request.device.type} to "
+            "move to; leave it out"
+        )
     return problems
 
 
 def _machine_problems(request: PlanRequest) -> list[str]:
+    return [*_precision_problems(request), *_compiler_problems(request)]
+
+
+def _compiler_problems(request: PlanRequest) -> list[str]:
+    if request.config.train.compile and not request.hardware.can_compile:
+        return ["train.compile: got true, but what torch.compile calls is not installed; llmtune doctor says what"]
+    return []
+
+
+def _precision_problems(request: PlanRequest) -> list[str]:
     precision, device = request.config.train.precision, request.device
     if device.type == "cpu":
         return ["train.precision: got fp16, but a CPU trains in bf16 or fp32"] if precision == "fp16" else []

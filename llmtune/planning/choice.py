@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
@@ -11,20 +12,33 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Choice(Generic[T]):
-    """A value, why it was chosen and who chose it.
+    """A value, why it was chosen, who chose it, and what would change it.
 
     ``source`` is ``user`` (asked for), ``preset`` (written in a preset, whose source the reason names), ``measured``
-    (a probe on this machine), ``derived`` (computed from hardware, model and data) or ``default``.
+    (a probe on this machine), ``derived`` (computed from hardware, model and data) or ``default``. ``changes`` names
+    what would have led to another value, such as ``lora from 16.5 GiB free``; empty where nothing sensible would.
     """
 
     value: T
     reason: str
     source: Source
+    changes: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """``{value, reason, source}``; tuples become lists."""
+        """``{value, reason, source, changes}``; tuples become lists."""
         value = list(self.value) if isinstance(self.value, tuple) else self.value
-        return {"value": value, "reason": self.reason, "source": self.source}
+        return {"value": value, "reason": self.reason, "source": self.source, "changes": self.changes}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Choice[Any]:
+        """The inverse of ``to_json``; lists become tuples. Documents of earlier versions have no ``changes``."""
+        value = document["value"]
+        return Choice(
+            tuple(value) if isinstance(value, list) else value,
+            document["reason"],
+            document["source"],
+            document.get("changes", ""),
+        )
 
 
 def asked_or(asked: T | None, key: str, otherwise: Choice[T]) -> Choice[T]:

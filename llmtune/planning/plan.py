@@ -8,9 +8,44 @@ from typing import Any
 
 from llmtune.errors import PlanError
 from llmtune.planning.choice import Choice
+from llmtune.planning.measurement import Measurement
 from llmtune.planning.memory import MemoryEstimate
 from llmtune.planning.timing import TimeEstimate
 from llmtune.units import format_bytes, format_seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Alternative:
+    """A plan near one that does not fit.
+
+    Attributes:
+        flags: What to add to the command, or the command that replaces it.
+        loses: What it costs beside time, in words; empty where nothing.
+    """
+
+    flags: str
+    peak_bytes: int
+    total_seconds: float
+    loses: str
+
+    def __str__(self) -> str:
+        """``--method qlora (11.0 GiB, 4-bit base weights)``."""
+        return f"{self.flags} ({format_bytes(self.peak_bytes)}{', ' if self.loses else ''}{self.loses})"
+
+    def to_json(self) -> dict[str, Any]:
+        """One entry of ``closest``."""
+        return {
+            "flags": self.flags,
+            "peak_bytes": self.peak_bytes,
+            "total_seconds": self.total_seconds,
+            "loses": self.loses,
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Alternative:
+        """The inverse of ``to_json``; plans of earlier versions knew flags and memory alone."""
+        before: dict[str, Any] = {"total_seconds": 0.0, "loses": ""}
+        return cls(**(before | dict(document)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +69,9 @@ class Plan:
         sharding: How launch spreads the model over the ranks: ``fsdp2``, ``zero2``, ``zero3``; None copies it to each.
         compile: Whether the decoder layers are compiled.
         pin_memory: Whether batches wait in page-locked host memory.
-        closest: Flags and peak memory of the nearest plans that fit, where this one does not.
+        closest: The nearest plans that fit, where this one does not; the cheapest first.
         patience: Evaluations without improvement before stopping; None never stops early.
+        measured: What the probe found that this plan rests on; None before it.
     """
 
     model: Choice[str]
@@ -85,8 +121,9 @@ class Plan:
     disk_bytes: int
     disk_free_bytes: int
     fits: bool
-    closest: tuple[tuple[str, int], ...]
+    closest: tuple[Alternative, ...]
     notices: tuple[str, ...]
+    measured: Measurement | None = None
 
     def choices(self) -> Iterator[tuple[str, Choice[Any]]]:
         """Name and choice of every decision, in the order of the fields."""
@@ -109,17 +146,15 @@ class Plan:
             "disk_bytes": self.disk_bytes,
             "disk_free_bytes": self.disk_free_bytes,
             "fits": self.fits,
-            "closest": [{"flags": flags, "peak_bytes": peak} for flags, peak in self.closest],
+            "closest": [near.to_json() for near in self.closest],
             "notices": list(self.notices),
+            "measured": None if self.measured is None else self.measured.to_json(),
         }
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Plan:
         """The inverse of ``to_json``."""
-        choices: dict[str, Any] = {
-            name: Choice(tuple(c["value"]) if name == "targets" else c["value"], c["reason"], c["source"])
-            for name, c in document["choices"].items()
-        }
+        choices: dict[str, Any] = {name: Choice.from_json(c) for name, c in document["choices"].items()}
         return cls(
             **(_before(choices) | choices),
             memory=MemoryEstimate.from_json(document["memory"]),
@@ -127,8 +162,9 @@ class Plan:
             disk_bytes=document["disk_bytes"],
             disk_free_bytes=document["disk_free_bytes"],
             fits=document["fits"],
-            closest=tuple((near["flags"], near["peak_bytes"]) for near in document["closest"]),
+            closest=tuple(Alternative.from_json(near) for near in document["closest"]),
             notices=tuple(document["notices"]),
+            measured=Measurement.from_json(found) if (found := document.get("measured")) else None,
         )
 
     def require_fit(self) -> None:
@@ -139,7 +175,7 @@ class Plan:
         """
         memory = self.memory
         if not self.fits:
-            near = "; ".join(f"{flags} ({format_bytes(peak)})" for flags, peak in self.closest)
+            near = "; ".join(str(near) for near in self.closest)
             ways_out = (
                 f"Closest that fit: {near}" if near else "Nothing near it fits; name a smaller model with --model"
             )
@@ -159,8 +195,8 @@ class Plan:
         return ", ".join(f"{name} {format_bytes(size)}" for name, size in terms if size)
 
     def rows(self) -> list[tuple[str, str, str, str]]:
-        """The plan as table rows: choice, value, source, reason."""
-        return [(name.replace("_", " "), _shown(c.value), c.source, c.reason) for name, c in self.choices()]
+        """The plan as table rows: choice, value, source, reason with what would change it."""
+        return [(name.replace("_", " "), _shown(c.value), c.source, _why(c)) for name, c in self.choices()]
 
     def summary(self) -> str:
         """Memory and time in one sentence."""
@@ -193,6 +229,10 @@ def _before(choices: Mapping[str, Choice[Any]]) -> dict[str, Choice[Any]]:
         "compile": Choice(False, f"{age} do not compile", "default"),
         "pin_memory": Choice(choices["device"].value.startswith("cuda"), f"{age} pin for CUDA", "default"),
     }
+
+
+def _why(choice: Choice[Any]) -> str:
+    return f"{choice.reason} · changes: {choice.changes}" if choice.changes else choice.reason
 
 
 def _shown(value: Any) -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from llmtune.config import RunConfig
 from llmtune.data import DataStats, padded
@@ -12,7 +15,10 @@ from llmtune.hardware import DeviceChoice, Hardware
 from llmtune.models import ModelSpec
 from llmtune.planning.choice import Choice
 from llmtune.planning.correction import NO_CORRECTION, Correction
-from llmtune.presets import Level, Preset, dataset_size
+from llmtune.presets import GOALS, Level, Preset, dataset_size
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 # Widths of padded rows are multiples of this. Tensor cores read pieces of 16 bytes, eight 2-byte values (NVIDIA, Matrix
 # Multiplication Background). On a CPU, oneDNN compiles about 20 kernels for every new number of tokens in a pass, 0.1 s
@@ -73,6 +79,24 @@ class PlanRequest:
         return self.padded(min(self.stats.length_max, self.config.data.max_length or self.spec.context))
 
     @property
+    def equally_long(self) -> bool:
+        """Whether all rows have one length, which needs no padding either."""
+        return self.stats.tokens == self.rows * self.longest
+
+    def typical_lengths(self, count: int) -> NDArray[np.int32]:
+        """Tokens of ``count`` rows that are spread as the data set's are, int32 [count].
+
+        Between the known percentiles lengths rise evenly; the shortest row is the one that gives the known mean.
+        """
+        stats = self.stats
+        known = (0.5, stats.length_p50), (0.95, stats.length_p95), (0.99, stats.length_p99), (1.0, stats.length_max)
+        shares, lengths = zip(*known, strict=True)
+        above = sum((share - before) * (length + shorter) / 2 for (before, shorter), (share, length) in pairwise(known))
+        shortest = min(max(1.0, 4 * (self.mean_length - above) - stats.length_p50), max(1.0, stats.length_p50))
+        found = np.interp((np.arange(count) + 0.5) / count, (0.0, *shares), (shortest, *lengths))
+        return np.clip(np.rint(found), 1, self.longest).astype(np.int32)
+
+    @property
     def kind(self) -> str:
         """``cpu`` or ``accelerator``."""
         return "cpu" if self.device.type == "cpu" else "accelerator"
@@ -91,12 +115,21 @@ class PlanRequest:
         return leaf in getattr(self.config, group).model_fields_set
 
     def of_preset(self, name: str) -> Choice[Any]:
-        """A number of the preset, with the source the preset gives for it."""
+        """A number of the preset, with the source the preset gives for it, and what it is for other goals."""
+        value = getattr(self.level, name)
         where = f"{self.preset.family} preset, {self.config.train.preset}, {self.size} data"
-        return Choice(getattr(self.level, name), f"{where}: {self.level.sources[name]}", "preset")
+        others = {goal: getattr(self.preset.level(goal, self.size), name) for goal in GOALS}
+        changes = ", ".join(
+            f"{_number(other)} with --preset {goal}" for goal, other in others.items() if other != value
+        )
+        return Choice(value, f"{where}: {self.level.sources[name]}", "preset", changes)
 
     def setting(self, key: str, reason: str) -> Choice[Any]:
         """A setting that has a value of its own: the user's, or the default with its reason."""
         group, leaf = key.split(".")
         value = getattr(getattr(self.config, group), leaf)
         return Choice(value, f"you set {key}", "user") if self.was_set(key) else Choice(value, reason, "default")
+
+
+def _number(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -87,6 +87,8 @@ def _of_entry(preset: Preset, entry: CatalogueEntry) -> Iterator[str]:
         yield f"shape: {shape.heads} heads cannot share {shape.kv_heads} key and value heads"
     if entry.context < 1:
         yield f"context: got {entry.context}, expected a number of tokens"
+    if not re.fullmatch(r"20\d\d-(0[1-9]|1[0-2])", entry.released):
+        yield f"released: got {entry.released!r}, expected year and month such as 2025-04"
     if not 1 <= entry.bytes_per_token <= 10:
         yield f"bytes_per_token: got {entry.bytes_per_token}, expected a number in [1, 10]"
     if not all(memory.get(method, 0) > 0 for method in METHODS):

@@ -78,6 +78,7 @@ class CatalogueEntry:
         gated: The Hub asks for an accepted licence and a token.
         instruct: Tuned to follow instructions; False for a base model.
         minimum_memory_bytes: Method -> least device memory; how it was derived stands in ``source``.
+        released: Year and month in which it came out, as its announcement says: ``2025-04``.
         bytes_per_token: UTF-8 bytes of English text per token of its tokenizer.
         source: Where these facts come from.
     """
@@ -93,6 +94,7 @@ class CatalogueEntry:
     instruct: bool
     minimum_memory_bytes: Mapping[str, int]
     shape: ModelShape
+    released: str
     bytes_per_token: float
     source: str
 

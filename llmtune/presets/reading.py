@@ -278,6 +278,7 @@ def _read_catalogue(
         "instruct": Field(parse=switch),
         "minimum_memory": Field(parse=_anything),
         "shape": Field(parse=_anything),
+        "released": Field(parse=text),
         "bytes_per_token": Field(parse=number),
         "source": Field(parse=lambda keys: "; ".join(_source_of(key, sources) for key in texts(keys))),
     }

@@ -118,6 +118,8 @@ class UpdateTrainer(Trainer):
             callbacks=callbacks,
         )
         self.remove_callback(PrinterCallback)
+        if args.torch_compile:  # the decoder layers one by one: alike, so each compilation serves all of them
+            self.accelerator.state.dynamo_plugin.use_regional_compilation = True
 
     def add_first_callback(self, callback: TrainerCallback) -> None:
         """Add a callback that is told before all others, trackers included."""
