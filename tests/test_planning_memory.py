@@ -158,7 +158,7 @@ def test_recomputing_never_keeps_more(architecture, shape, plan, size):
     for every in (1, 2, 3, 0):
         asked = footprint(**(plan | size | {"checkpoint_every": every}))
         trained = standing(spec, asked, on_cpu=True).trained
-        moments = PassSimulation(spec, asked, trained=trained, on_cpu=True).moments()
+        moments = PassSimulation(spec, asked, trained=trained, on_cpu=True).moments
         kept.append(max(moment.activations + moment.copies + moment.masks for moment in moments if moment.logits))
     assert kept == sorted(kept)
 

@@ -397,7 +397,7 @@ def test_a_refusal_names_terms_and_the_nearest_plans(tmp_path: Path) -> None:
     request, plan = plan_of(tmp_path, method="lora", activation_checkpointing=False)
     measured = measurement([a_pass(LONGEST, 900 * 2**20)], loaded=200 * 2**20)
     plan = limited(replace(plan, token_budget=replace(plan.token_budget, value=LONGEST)), 10**8)
-    message = r"one row of 64 .*: needs 90\d\.\d MiB.*\(loaded 200\.0 MiB, forward and backward 700\.0 MiB, optimizer"
+    message = r"one row of 64 .*: needs 1\.1 GiB.*\(loaded 200\.0 MiB, forward and backward 700\.0 MiB, optimizer"
     with pytest.raises(PlanError, match=message) as no:
         replan(request, plan, measured)
     offered = dict(re.findall(r"(--.*?) \(([\d.]+) MiB\)", str(no.value)))

@@ -23,7 +23,7 @@ from llmtune.units import format_bytes
 
 # Terms of a prediction that are in memory before the first pass, and those that come after it; a pass is the rest.
 THERE_BEFORE = frozenset({"weights", "adapter", "interpreter", "context"})
-AFTER_A_PASS = frozenset({"optimizer", "evaluation", "save snapshot"})
+AFTER_A_PASS = frozenset({"optimizer", "evaluation", "save snapshot", "kernels"})
 # Share of the memory left that a smaller pass is cut for: what a pass takes is not quite proportional to its tokens.
 CAREFUL_SHARE = 0.95
 
@@ -50,7 +50,10 @@ def budget_after(plan: Plan, *, longest: int, base_bytes: int, passes: Sequence[
         per_token = (first.peak_bytes - last.peak_bytes) / (first.tokens - last.tokens)
     too_much = last.peak_bytes - base_bytes - CAREFUL_SHARE * room
     smaller = _whole(last.tokens - too_much / per_token)
-    return max(smaller, longest) if is_first else smaller if smaller >= longest else None
+    if is_first or smaller >= longest:
+        return max(smaller, longest)
+    one_row = last.peak_bytes - base_bytes - per_token * (last.tokens - longest)
+    return longest if one_row <= room else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,21 +113,26 @@ def _room(plan: Plan, base_bytes: int) -> int:
     return max(0, usable - base_bytes - sum(_to_come(plan).values()))
 
 
-def _pass_bytes(measured: Measurement, budget: int) -> int:
-    """What the largest pass of this budget takes beside what is there before it."""
+def _pass_bytes(plan: Plan, measured: Measurement, budget: int) -> int:
+    """What the largest pass of this budget takes beside what is there before it.
+
+    On a CPU at least what the formula says: the heap of the C library grows over many passes, and the probe makes two.
+    """
     base = measured.loaded_bytes + measured.gradient_bytes
     worst = [one for one in measured.passes if one.worst and not one.ran_out]
-    exact = next((one for one in worst if one.token_budget == budget), None)
-    if exact is not None:
-        return max(0, exact.peak_bytes - base)
-    return max((round((one.peak_bytes - base) / one.tokens * budget) for one in worst), default=0)
+    exact = [one.peak_bytes - base for one in worst if one.token_budget == budget]
+    found = exact or [round((one.peak_bytes - base) / one.tokens * budget) for one in worst]
+    if plan.device.value == "cpu":
+        predicted = measured.predicted_pass_bytes * min(1.0, budget / plan.token_budget.value)
+        found.append(round(predicted) - measured.gradient_bytes)
+    return max(0, *found)
 
 
 def _memory(plan: Plan, measured: Measurement, budget: int) -> MemoryEstimate:
     terms = {
         "loaded": measured.loaded_bytes,
         "gradients": measured.gradient_bytes,
-        "forward and backward": _pass_bytes(measured, budget),
+        "forward and backward": _pass_bytes(plan, measured, budget),
         **_to_come(plan),
     }
     peak = sum(terms.values())

@@ -17,7 +17,7 @@ from llmtune.planning.batching import CPU_PASS_OVERHEAD_TOKENS, Load, load_of, t
 from llmtune.planning.footprints import memory_of, time_of, training_of, workload_of
 from llmtune.planning.memory import USABLE_SHARE, Footprint, MemoryEstimate
 from llmtune.planning.precision import PrecisionChoices, choose_precision
-from llmtune.planning.request import PlanRequest
+from llmtune.planning.request import PAD_MULTIPLE, PlanRequest
 from llmtune.planning.schedule import LengthChoices
 from llmtune.units import format_bytes
 
@@ -203,8 +203,8 @@ def _candidate(
     adapter: AdapterChoices,
     precision: PrecisionChoices,
 ) -> Candidate:
-    footprint = _footprint(request, way, load, adapter, precision)
     updates = length.updates.value
+    footprint = _footprint(request, way, load, adapter, precision, passes=load.passes * updates)
     evaluations = math.ceil(request.level.evals_per_epoch * length.epochs.value) + 1 if request.eval_rows else 0
     run = workload_of(request, load, updates, evaluations=evaluations, saves=0, save_bytes=0)
     terms = time_of(request, footprint, run).terms
@@ -219,8 +219,15 @@ def _candidate(
 
 
 def _footprint(
-    request: PlanRequest, way: Way, load: Load, adapter: AdapterChoices, precision: PrecisionChoices
+    request: PlanRequest,
+    way: Way,
+    load: Load,
+    adapter: AdapterChoices,
+    precision: PrecisionChoices,
+    *,
+    passes: float = 1,
 ) -> Footprint:
+    """The part of a way that decides memory; ``passes`` of the whole run."""
     packed = bool(request.config.train.packing)
     return Footprint(
         method=way.method,
@@ -239,6 +246,8 @@ def _footprint(
         processes=request.processes,
         padded=not packed and not request.equally_long,
         accumulates=load.passes > 1,
+        # Every multiple of the padding occurs in a long run; passes of rows all alike are full ones and one last.
+        shapes=2 if request.equally_long else max(1, min(load.most_tokens // PAD_MULTIPLE, math.ceil(passes))),
     )
 
 

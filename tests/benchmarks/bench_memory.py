@@ -92,6 +92,11 @@ LINES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("mistral", {"rows": 2, "width": 256, "evaluate": True, "passes": 2}),
     ("phi3", {"rows": 2, "width": 256, "evaluate": True, "optimizer": "adafactor"}),
     ("qwen3", {"rows": 2, "width": 256, "optimizer": "adamw_8bit", "rank": 64, "targets": ["all-linear"]}),
+    # rows of many lengths, as in real data: each shape leaves gaps of its own in the heap
+    ("llama", {"rows": 2, "width": 256, "mixed": True, "passes": 4, "dropout": 0.05}),
+    ("qwen2", {"rows": 2, "width": 192, "mixed": True, "passes": 4, "checkpoint_every": 1, "evaluate": True}),
+    ("phi", {"method": "qlora", "rows": 2, "width": 192, "mixed": True, "passes": 4}),
+    ("qwen3", {"method": "full", "rows": 2, "width": 192, "mixed": True, "passes": 4, "evaluate": True}),
     # qlora
     ("llama", {"method": "qlora", "rows": 4, "width": 128, "dropout": 0.05}),
     ("phi", {"method": "qlora", "rows": 4, "width": 128}),

@@ -79,6 +79,7 @@ class Footprint:
         processes: Ranks that train together.
         padded: Whether rows of the micro-batch differ in length, so that a dense mask hides the padding.
         accumulates: Whether gradients of an earlier forward pass of the same update are there.
+        shapes: Different numbers of tokens among the passes of the whole run.
     """
 
     method: str
@@ -97,6 +98,7 @@ class Footprint:
     processes: int
     padded: bool = True
     accumulates: bool = True
+    shapes: int = 1
 
     @property
     def masked(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from llmtune.models import ModelSpec
 from llmtune.planning.memory.estimate import Footprint
@@ -74,13 +75,14 @@ class PassSimulation:
         self._mask = float(tokens * width) if footprint.masked else 0.0  # one byte each, shared by all layers
         self._mask_copy = self._mask * arithmetic.attention
 
+    @cached_property
     def moments(self) -> list[Moment]:
         """Every moment that may be the fullest, in order."""
         return [*self._forward(), *self._backward()]
 
     def peak(self) -> Moment:
         """The fullest moment."""
-        return max(self.moments(), key=lambda moment: moment.total)
+        return max(self.moments, key=lambda moment: moment.total)
 
     @property
     def passed(self) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from llmtune.models import ModelSpec
 from llmtune.planning.memory.estimate import Footprint, MemoryEstimate
 from llmtune.planning.memory.passes import PassSimulation
-from llmtune.planning.memory.resident import heap_slack
+from llmtune.planning.memory.resident import heap_slack, kernel_bytes
 from llmtune.planning.memory.sharding import communication, sharded
 from llmtune.planning.memory.weights import standing
 from llmtune.units import MIB
@@ -52,6 +52,8 @@ def predict_memory(
         found.slack(tensor_peak) if on_cpu else CUDA_ALLOCATOR_SHARE * (tensor_peak - terms["weights"])
     )
     terms |= {"interpreter": INTERPRETER_BYTES} if on_cpu else {"context": CUDA_CONTEXT_BYTES}
+    if on_cpu and (kernels := round(kernel_bytes(spec, footprint))):
+        terms["kernels"] = kernels
     return MemoryEstimate(
         device=device,
         total_bytes=total_bytes,
