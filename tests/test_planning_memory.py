@@ -135,7 +135,7 @@ wheres = st.sampled_from([CPU, GPU])
 names = st.sampled_from(sorted(ARCHITECTURES))
 
 
-@settings(max_examples=40)
+@settings(max_examples=100)
 @given(names, shapes, plans, sizes, wheres, st.data())
 def test_more_of_anything_never_needs_less(architecture, shape, plan, size, where, data):
     what, factor = data.draw(st.sampled_from(["tokens", "width", "rank", "layers", "vocabulary"])), 2
@@ -147,7 +147,8 @@ def test_more_of_anything_never_needs_less(architecture, shape, plan, size, wher
         asked = asked | {what: factor * asked[what]}
     after = predicted(catalogued(architecture, **shape), where, **asked)
     assert after.tensor_peak_bytes >= before.tensor_peak_bytes
-    assert after.peak_bytes >= before.peak_bytes
+    # What a C library keeps of freed memory is an estimate with steps; it may fall by as much as a hundredth.
+    assert after.peak_bytes >= (0.99 if where is CPU else 1.0) * before.peak_bytes
 
 
 @settings(max_examples=40)
