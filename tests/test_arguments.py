@@ -95,6 +95,8 @@ def test_the_optimizers_that_are_chosen_run_on_a_cpu(model: Path, tmp_path: Path
 
 @pytest.mark.slow  # and the inductor of torch 2.13 uses what torch 2.13 deprecates
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+# Dynamo looks at the gradient of what a layer is handed, which is the output of the layer before.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor:UserWarning")
 def test_compiled_layers_learn_the_same(model: Path, tmp_path: Path) -> None:
     data = [{"question": f"Who keeps lamp {number}?", "answer": "Arden keeps it."} for number in range(10, 30)]
     shared = {"data": data, "max_steps": 2, "global_batch_size": 4}

@@ -403,7 +403,7 @@ def test_plan_json(rows):
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document.keys() >= {"choices", "memory", "time", "fits"}
-    assert document["choices"]["epochs"].keys() == {"value", "reason", "source"}
+    assert document["choices"]["epochs"].keys() == {"value", "reason", "source", "changes"}
     assert document["choices"]["epochs"]["source"] == "user"
     memory = {"device", "total_bytes", "free_bytes", "peak_bytes", "tensor_peak_bytes", "terms"}
     assert document["memory"].keys() >= memory
