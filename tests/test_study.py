@@ -309,7 +309,7 @@ def test_nothing_is_left_behind_when_nothing_can_be_tried(data, tmp_path):
 
 @pytest.mark.slow
 def test_a_trial_that_does_not_fit_is_a_result_and_a_grid_ends(data, tmp_path):
-    space = {"rank": {"choices": [16, 100_000_000]}}
+    space = {"rank": {"choices": [8, 100_000_000]}}
     result = Study(data, trials=5, sampler="grid", space=space, output=tmp_path / "s", **SHORT).run()
     assert [trial.state for trial in result.trials] == ["complete", "failed"]
     assert "are free on" in result.trials[1].reason
@@ -328,7 +328,7 @@ def test_best_yaml_trains_to_the_same_value(finished, tmp_path):
 def test_a_preset_outside_the_space_is_still_trial_0(data, tmp_path):
     space = {"learning_rate": {"low": 1e-4, "high": 5e-4, "log": True}, "rank": {"choices": [2, 4]}}
     result = Study(data, trials=2, space=space, output=tmp_path / "s", **SHORT).run()
-    assert result.default.params == {"train.learning_rate": 1e-3, "adapter.rank": 16}
+    assert result.default.params == {"train.learning_rate": 1e-3, "adapter.rank": PLANNED["adapter.rank"]}
     assert 1e-4 <= result.trials[1].params["train.learning_rate"] <= 5e-4
     assert result.trials[1].params["adapter.rank"] in (2, 4)
 
