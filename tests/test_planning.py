@@ -25,13 +25,14 @@ from machines import (
     request_for,
     stats,
 )
+from memory_plans import footprint
 
 from llmtune.config import load_config
 from llmtune.data import DataStats
 from llmtune.errors import DataError, PlanError
 from llmtune.hardware import Hardware
 from llmtune.models import LinearModule, ModelSpec, spec_from_entry
-from llmtune.planning import Choice, Footprint, Plan, PlanRequest, choose_model, make_plan, predict_memory, variants
+from llmtune.planning import Choice, Plan, PlanRequest, choose_model, make_plan, predict_memory, variants
 from llmtune.planning.batching import PACKABLE
 from llmtune.planning.memory import USABLE_SHARE, MemoryEstimate
 from llmtune.planning.schedule import choose_length
@@ -317,26 +318,6 @@ def test_variants_are_flags_that_really_fit(gib, asked, expected):
         again = make_plan(replace(request, config=load_config(asked, settings=texts, environ={})))
         assert again.fits
         assert again.memory == plan.memory
-
-
-def footprint(**changes) -> Footprint:
-    base = {
-        "method": "lora",
-        "quantization": None,
-        "precision": "bf16",
-        "rank": 8,
-        "targets": ("all-linear",),
-        "dropout": 0.0,
-        "tokens": 1024,
-        "width": 256,
-        "packed": False,
-        "checkpoint_every": 0,
-        "offload": False,
-        "optimizer": "adamw_torch_fused",
-        "sharding": None,
-        "processes": 1,
-    }
-    return Footprint(**(base | changes))
 
 
 def peak(**changes) -> int:
