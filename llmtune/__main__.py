@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import sys
 
-from llmtune.cli import main
+from llmtune.heap import restart_without_holes
+
+
+def program() -> int:
+    """One command in a process of its own; see `llmtune.cli.main`."""
+    restart_without_holes()
+    from llmtune.cli import main
+
+    return main()
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())

@@ -616,6 +616,19 @@ def test_a_disturbed_measurement_does_not_replace_a_quiet_one(tmp_path: Path) ->
     assert cached_rates(hardware, device, tmp_path) == quiet
 
 
+@pytest.mark.parametrize(("now", "taken"), [(0.1, "now"), (0.6, "now"), (0.9, "noted")])
+def test_what_was_noted_on_a_busy_machine_is_measured_again(
+    now: float, taken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hardware = machine()
+    device, noted, again = choose_device(hardware), measured(factor=0.1, busy=0.8), measured(busy=now)
+    note_rates(hardware, device, noted, tmp_path)
+    monkeypatch.setattr("llmtune.hardware.rates.measure_rates", lambda *_, **__: again)
+    assert with_rates(hardware, device, tmp_path).rates == {"now": again, "noted": noted}[taken]
+    monkeypatch.setattr("llmtune.hardware.rates.measure_rates", lambda *_, **__: measured(factor=7))
+    assert (with_rates(hardware, device, tmp_path).rates == again) is (now < 0.25), "a quiet one stays"
+
+
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[]", b"\xff", b'{"format_version": 99}', b'{"format_version": 1, "rates": 3}']
 )

@@ -13,6 +13,7 @@ from llmtune.hardware.cgroup import read_limits
 from llmtune.hardware.cpu import read_cpu
 from llmtune.hardware.facts import Accelerator, Hardware
 from llmtune.hardware.probes import can_compile
+from llmtune.heap import leaves_holes
 
 
 def detect(
@@ -47,6 +48,7 @@ def detect(
         disk_free_bytes=free_disk_bytes(disk_path),
         platform=f"{sys.platform}-{platform.machine()}",
         can_compile=can_compile(found),
+        heap_leaves_holes=leaves_holes(),
     )
 
 

@@ -16,7 +16,7 @@ from llmtune.hardware.detection import detect, existing_parent
 from llmtune.hardware.device import choose_device
 from llmtune.hardware.facts import Hardware
 from llmtune.hardware.probes import Usable, probe_all
-from llmtune.hardware.rates import measure_rates, note_rates
+from llmtune.hardware.rates import BUSY_SHARE, measure_rates, note_rates
 from llmtune.units import GIB, format_bytes
 
 # A 1B model in bf16 is 2.2 GB, its download cache as much again, and a few checkpoints follow.
@@ -25,7 +25,7 @@ _LITTLE_DISK_BYTES = 5 * GIB
 _LITTLE_RAM_BYTES = 4 * GIB
 
 # Shares below which a measured rate needs an explanation, and a disk that makes saves noticeable. llmtune: chosen.
-_FAR_BELOW, _BUSY, _SLOW_DISK = 0.4, 0.25, 30e6
+_FAR_BELOW, _SLOW_DISK = 0.4, 30e6
 _NO_TORCH = "torch cannot be imported"
 
 # Installed by extras or by hand; reported when there.
@@ -221,7 +221,7 @@ def rate_problems(hardware: Hardware, disk_path: Path | str) -> Iterator[Problem
     rates = hardware.rates
     if rates is None:
         return
-    if rates.busy_share > _BUSY:
+    if rates.busy_share > BUSY_SHARE:
         yield Problem(
             problem=f"other programs took {100 * rates.busy_share:.0f} % of the usable cores during the measurement; "
             "these rates are too low, and a training now would be slowed down as much",
@@ -229,7 +229,7 @@ def rate_problems(hardware: Hardware, disk_path: Path | str) -> Iterator[Problem
         )
     promised = nominal_rates(hardware, choose_device(hardware)).best.matmul
     for precision, rate in rates.best.matmul.items():
-        if rate < _FAR_BELOW * promised[precision] and rates.busy_share <= _BUSY:
+        if rate < _FAR_BELOW * promised[precision] and rates.busy_share <= BUSY_SHARE:
             yield Problem(
                 problem=f"{precision} matrix products reach {rate / 1e12:.2g} TFLOP/s; "
                 f"{promised[precision] / 1e12:.2g} are usual for {rates.device}",

@@ -113,7 +113,8 @@ class Hardware:
 
     ``cgroup_limit_bytes`` is the memory limit that binds first, None without one; ``cgroup_used_bytes`` is what counts
     against it already, less the file cache that the kernel gives back under pressure. ``rates`` is None
-    where nothing was measured. ``can_compile``: what ``torch.compile`` calls is there.
+    where nothing was measured. ``can_compile``: what ``torch.compile`` calls is there. ``heap_leaves_holes``: see
+    `llmtune.heap`; of the process that looked.
     """
 
     __pydantic_config__: ClassVar[Mapping[str, Any]] = _STRICT
@@ -128,6 +129,7 @@ class Hardware:
     platform: str
     rates: Rates | None = None
     can_compile: bool = False
+    heap_leaves_holes: bool = False
 
     @property
     def usable_ram_bytes(self) -> int:

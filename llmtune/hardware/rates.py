@@ -35,12 +35,16 @@ _KEPT_NUMBERS, _FRESH_NUMBERS = 2**20, 2**23
 _ACCELERATOR_NUMBERS = 2**27
 _DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _FEWEST_TRIES, _TRY_SECONDS = 3, 0.04
+# From here on a measurement says more about other programs than about the machine.
+BUSY_SHARE = 0.25
 _NOTEWORTHY = 0.1  # differences in the share of busy cores below this are the clock's own
 _DISK_BYTES, _DISK_BLOCK, _DISK_SECONDS = 64 * 2**20, 16 * 2**20, 1.0
 
 
 def with_rates(hardware: Hardware, device: DeviceChoice, cache: Path, *, disk_path: Path | str = ".") -> Hardware:
     """``hardware`` with the rates of ``device``: those it has, those noted in ``cache``, else measured now and noted.
+
+    What was noted while other programs took much of the machine is measured again; the less disturbed one stays.
 
     Args:
         hardware: This machine.
@@ -51,9 +55,10 @@ def with_rates(hardware: Hardware, device: DeviceChoice, cache: Path, *, disk_pa
     if hardware.rates is not None and hardware.rates.device == device.name:
         return hardware
     rates = cached_rates(hardware, device, cache)
-    if rates is None:
-        rates = measure_rates(hardware, device, disk_path=disk_path)
-        note_rates(hardware, device, rates, cache)
+    if rates is None or rates.busy_share > BUSY_SHARE:
+        measured = measure_rates(hardware, device, disk_path=disk_path)
+        note_rates(hardware, device, measured, cache)
+        rates = measured if rates is None or measured.busy_share < rates.busy_share else rates
     return replace(hardware, rates=rates)
 
 

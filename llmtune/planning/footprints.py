@@ -30,6 +30,7 @@ def memory_of(request: PlanRequest, footprint: Footprint) -> MemoryEstimate:
         total_bytes=device.total_bytes,
         free_bytes=device.free_bytes // sharing,
         correction=request.correction.memory,
+        holes=request.hardware.heap_leaves_holes,
     )
 
 

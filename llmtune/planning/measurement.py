@@ -43,7 +43,7 @@ class Measurement:
         gradient_bytes: What the gradients of the trained weights take.
         longest_tokens: Padded tokens of the longest row: no budget can go below it.
         predicted_bytes: What the formula says, uncorrected, of everything that is not there before training.
-        predicted_pass_bytes: The part of ``predicted_bytes`` that the largest pass takes, gradients included.
+        predicted_pass_bytes: What the formula says, uncorrected, of the largest pass, gradients included.
         predicted_step_seconds: What the formula says, uncorrected, of one update.
         update_tokens: Padded tokens of one process in one update under the budget settled on, on average.
         update_passes: Forward passes of one process in one update under that budget, on average.

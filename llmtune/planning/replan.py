@@ -21,8 +21,10 @@ from llmtune.planning.request import PAD_MULTIPLE, PlanRequest
 from llmtune.planning.timing import RANGE, TimeEstimate
 from llmtune.units import format_bytes
 
-# Terms of a prediction that are in memory before the first pass, and those that come after it; a pass is the rest.
+# Terms of a prediction that are in memory before the first pass, those that came and went while the model was loaded,
+# and those that come after a pass; what remains is the pass, or the optimizer's step where that is the fuller moment.
 THERE_BEFORE = frozenset({"weights", "adapter", "interpreter", "context"})
+OVER_BEFORE = frozenset({"loading"})
 AFTER_A_PASS = frozenset({"optimizer", "evaluation", "save snapshot", "kernels"})
 # Share of the memory left that a smaller pass is cut for: what a pass takes is not quite proportional to its tokens.
 CAREFUL_SHARE = 0.95
@@ -67,10 +69,10 @@ class Formula:
 
 def formula_of(plan: Plan, applied: Correction) -> Formula:
     """What ``plan`` was predicted to take before ``applied`` mended it."""
-    grown = {name: size for name, size in plan.memory.terms.items() if name not in THERE_BEFORE}
-    in_pass = sum(size for name, size in grown.items() if name not in AFTER_A_PASS)
+    grown = sum(size for name, size in plan.memory.terms.items() if name not in THERE_BEFORE)
+    in_pass = plan.memory.pass_bytes + plan.memory.terms.get("allocator", 0)
     return Formula(
-        grown_bytes=round(sum(grown.values()) / applied.memory),
+        grown_bytes=round(grown / applied.memory),
         pass_bytes=round(in_pass / applied.memory),
         step_seconds=plan.time.step_seconds / applied.seconds,
     )
@@ -116,15 +118,16 @@ def _room(plan: Plan, base_bytes: int) -> int:
 def _pass_bytes(plan: Plan, measured: Measurement, budget: int) -> int:
     """What the largest pass of this budget takes beside what is there before it.
 
-    On a CPU at least what the formula says: the heap of the C library grows over many passes, and the probe makes two.
+    On a CPU at least what is predicted: the heap of the C library grows over many passes, and the probe makes two.
     """
     base = measured.loaded_bytes + measured.gradient_bytes
     worst = [one for one in measured.passes if one.worst and not one.ran_out]
     exact = [one.peak_bytes - base for one in worst if one.token_budget == budget]
     found = exact or [round((one.peak_bytes - base) / one.tokens * budget) for one in worst]
     if plan.device.value == "cpu":
-        predicted = measured.predicted_pass_bytes * min(1.0, budget / plan.token_budget.value)
-        found.append(round(predicted) - measured.gradient_bytes)
+        others = THERE_BEFORE | OVER_BEFORE | AFTER_A_PASS
+        predicted = sum(size for name, size in plan.memory.terms.items() if name not in others)
+        found.append(round(predicted * min(1.0, budget / plan.token_budget.value)) - measured.gradient_bytes)
     return max(0, *found)
 
 

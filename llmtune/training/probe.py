@@ -177,9 +177,7 @@ class _Probe:
         _read_all(self._trainer.model)
         self._meter.restart()
         loaded, tensors = self._largest([self._meter.used(), self._meter.used_by_tensors()])
-        for parameter in self._trained:  # as in every pass of an update but its first
-            parameter.grad = torch.zeros_like(parameter)
-        (gradients,) = self._largest([sum(p.grad.nbytes for p in self._trained if p.grad is not None)])
+        (gradients,) = self._largest([sum(parameter.nbytes for parameter in self._trained)])
         base = loaded + gradients
 
         def after(passes: Sequence[Pass]) -> int | None:
@@ -209,6 +207,10 @@ class _Probe:
     def _pass(self, batch: dict[str, torch.Tensor], budget: int, *, worst: bool) -> Pass:
         device, ran_out = self._trainer.args.device, False
         self._model.train()
+        # Gradients are there in every pass of an update but its first; a smaller budget makes several of one.
+        several = self._job.plan.accumulation.value > 1 or budget != self._job.plan.token_budget.value
+        for parameter in self._trained:
+            parameter.grad = torch.zeros_like(parameter) if several else None
         scale = 1.0 / max(1, int((batch["labels"][:, 1:] != IGNORED).sum()))
         with self._meter.counting():
             _finish(device)

@@ -270,24 +270,37 @@ def _differences(live: dict[str, Any], file: Path, *, beside: dict[str, Any]) ->
 
     Weights are read one by one: a model need not fit memory a second time.
     """
-    from safetensors import safe_open
-
+    keys = _keys(file)
     problems = []
-    with safe_open(file, framework="pt") as saved:
-        keys = set(saved.keys())
-        if missing := sorted(live.keys() - keys):
-            problems.append(f"{len(missing)} weights are missing in {file.name} ({missing[0]}, …)")
-        other = [
-            key
-            for key in sorted(keys)
-            if (known := live.get(key, beside.get(key))) is not None
-            and not _same(known.detach().cpu(), saved.get_tensor(key))
-        ]
-        if unexpected := sorted(key for key in keys if live and key not in live and key not in beside):
-            problems.append(f"{len(unexpected)} weights of {file.name} are not the model's ({unexpected[0]}, …)")
+    if missing := sorted(live.keys() - keys):
+        problems.append(f"{len(missing)} weights are missing in {file.name} ({missing[0]}, …)")
+    other = [
+        key
+        for key in sorted(keys)
+        if (known := live.get(key, beside.get(key))) is not None
+        and not _same(known.detach().cpu(), _read_one(file, key))
+    ]
+    if unexpected := sorted(key for key in keys if live and key not in live and key not in beside):
+        problems.append(f"{len(unexpected)} weights of {file.name} are not the model's ({unexpected[0]}, …)")
     if other:
         problems.append(f"{len(other)} weights of {file.name} differ from those in memory ({other[0]}, …)")
     return problems
+
+
+def _keys(file: Path) -> set[str]:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as saved:
+        return set(saved.keys())
+
+
+def _read_one(file: Path, key: str) -> torch.Tensor:
+    """One tensor. The file is opened for it alone: what was read of a mapped file is resident while it is open."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as saved:
+        tensor: torch.Tensor = saved.get_tensor(key)
+    return tensor
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:

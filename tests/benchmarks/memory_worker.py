@@ -359,8 +359,14 @@ def measure(case: dict[str, Any], root: Path, roles: tuple[str, ...] = ("tracked
 
 
 def surroundings(root: Path) -> dict[str, str]:
-    """Environment of every process: nothing of the user's caches and store is read or written."""
-    return {"HF_HUB_OFFLINE": "1", "LLMTUNE_CACHE": str(root / "cache"), "LLMTUNE_STORE": f"sqlite:///{root}/store.db"}
+    """Environment of every process: nothing of the user's caches and store is read or written; the command's heap."""
+    return {
+        "HF_HUB_OFFLINE": "1",
+        "LLMTUNE_CACHE": str(root / "cache"),
+        "LLMTUNE_STORE": f"sqlite:///{root}/store.db",
+        # What the command llmtune sets for itself before anything is loaded.
+        "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0",
+    }
 
 
 def main() -> None:

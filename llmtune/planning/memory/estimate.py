@@ -24,8 +24,8 @@ class MemoryEstimate:
         free_bytes: Memory that may be used now.
         tensor_peak_bytes: Sum of the tensor terms.
         peak_bytes: What the machine sees: device peak, or on CPU the resident set, interpreter included.
-        pass_bytes: What the largest forward and backward pass takes beside weights, adapter, gradients and optimizer
-            state; 0 in documents of versions that did not say.
+        pass_bytes: What the largest forward and backward pass takes beside weights, adapter and optimizer state,
+            gradients included; 0 in documents of versions that did not say.
         terms: Bytes by name; they add up to ``peak_bytes``.
     """
 

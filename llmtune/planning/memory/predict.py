@@ -29,6 +29,7 @@ def predict_memory(
     total_bytes: int,
     free_bytes: int,
     correction: float = 1.0,
+    holes: bool = False,
 ) -> MemoryEstimate:
     """Peak memory of one process that trains ``spec`` as ``footprint`` says, on a device with ``free_bytes`` to give.
 
@@ -39,6 +40,7 @@ def predict_memory(
         total_bytes: Memory the device has.
         free_bytes: Memory that may be used now.
         correction: Factor on everything that is not there before training.
+        holes: Whether the heap of a CPU process leaves holes, see `llmtune.heap`.
     """
     on_cpu = device == "cpu"
     found = _Prediction(spec, footprint, on_cpu=on_cpu)
@@ -49,7 +51,7 @@ def predict_memory(
     }
     tensor_peak = sum(terms.values())
     terms["allocator"] = round(
-        found.slack(tensor_peak) if on_cpu else CUDA_ALLOCATOR_SHARE * (tensor_peak - terms["weights"])
+        found.slack(tensor_peak, holes=holes) if on_cpu else CUDA_ALLOCATOR_SHARE * (tensor_peak - terms["weights"])
     )
     terms |= {"interpreter": INTERPRETER_BYTES} if on_cpu else {"context": CUDA_CONTEXT_BYTES}
     if on_cpu and (kernels := round(kernel_bytes(spec, footprint))):
@@ -80,7 +82,7 @@ class _Prediction:
         }
         split = self._there.gradients / max(whole.gradients, 1)
         in_pass, in_step = self._in_pass(split), self._in_step()
-        self.pass_bytes = sum(size for name, size in in_pass.items() if name not in (*self._held, "gradients"))
+        self.pass_bytes = sum(size for name, size in in_pass.items() if name not in self._held)
         self.terms = max(in_pass, in_step, key=lambda terms: sum(terms.values()))
         training = sum(self.terms.values())
         evaluation = sum(self._held.values()) + self._run.evaluation() + self._exchanged.in_pass
@@ -88,9 +90,9 @@ class _Prediction:
         name, most = max(("loading", self._there.loading), ("evaluation", evaluation), key=lambda part: part[1])
         self.terms[name] = max(0.0, most - training)
 
-    def slack(self, tensor_peak: float) -> float:
+    def slack(self, tensor_peak: float, *, holes: bool) -> float:
         """Bytes that are resident beside ``tensor_peak`` on a CPU."""
-        return heap_slack(self._run, self._footprint, self._there, tensor_peak)
+        return heap_slack(self._run, self._footprint, self._there, tensor_peak, holes=holes)
 
     def _in_pass(self, split: float) -> dict[str, float]:
         moment = self._run.peak()

@@ -1,17 +1,17 @@
 """From tensors to what a CPU process has resident: what the C library keeps of what was freed.
 
-glibc takes blocks up to 32 MiB from its heap and others from the kernel, which gets these back at once. Of the heap it
-returns the top alone, and up to glibc 2.37 aligned blocks leave holes that the next tensor of the same size does not
-fit in (glibc bug 14581). The shares were fitted to 50 runs of six architectures (20 to 300 million
-parameters; lora, qlora and full; glibc 2.36, torch 2.13, Linux x86-64). Of eight runs measured since, the resident peak
-was predicted within -8 and +10 %; the least for recomputed layers. Other C libraries keep less.
+glibc takes blocks up to 32 MiB from its heap and others from the kernel, which gets these back at once. The heap does
+not shrink: beside what is alive at the fullest moment, what was in it at another one is resident too. Fitted to 54 runs
+of six architectures (20 to 300 million parameters; lora, qlora and full; glibc 2.36, torch 2.13, Linux x86-64), of
+which none was predicted more than 3 % too low: ``tests/benchmarks/bench_memory.py``. Other C libraries keep less.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from llmtune.models import ModelSpec
 from llmtune.planning.memory.estimate import Footprint
-from llmtune.planning.memory.layers import arithmetic_of
 from llmtune.planning.memory.passes import PassSimulation
 from llmtune.planning.memory.weights import Standing
 from llmtune.units import KIB, MIB
@@ -20,20 +20,35 @@ from llmtune.units import KIB, MIB
 # resident set over 200 shapes each, torch 2.13). It keeps 1,024 of them, the least recently used goes first.
 KERNEL_BYTES = {"bf16": 800 * KIB, "fp32": 24 * KIB}
 MOST_KERNELS = 1024
-
 HEAP_BLOCK_BYTES = 32 * MIB
-# Beside everything else: kernels that oneDNN compiles, the heap's top.
-HEAP_BYTES = 100 * MIB
-# Of the most that is in the heap at once, and of all that goes through it in a pass; more of the latter where weights
-# were converted while loading and values are twice as wide.
-HEAP_SHARE, PASSED_SHARE, WIDE_PASSED_SHARE = 1.24, 0.27, 0.76
-# By the tensors alive at the peak, the most that was measured: 0.60 in those 50 runs, where nearly all are small enough
-# for the heap; 0.32 in one of 494 million parameters and 1,824 tokens, where those as wide as the MLP are not.
-MOST_SLACK_SHARE = 0.6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gaps:
+    """What lies between the tensors.
+
+    Attributes:
+        least: Bytes, whatever the run: the first kernels that oneDNN compiles, the heap's top.
+        of_passed: Share of all that layers hold in a pass, were none run again.
+        most_of_passed: The most of it, as a share of the tensors alive at the peak: of large models less goes through
+            the heap.
+        of_converted: Share of the file, where weights were converted while loading.
+    """
+
+    least: int
+    of_passed: float
+    most_of_passed: float
+    of_converted: float
+
+
+TIGHT = Gaps(least=110 * MIB, of_passed=0.10, most_of_passed=0.13, of_converted=0.3)
+# Fitted to 37 of those runs, lora and qlora, as a program of Python that uses llmtune makes them; see `llmtune.heap`.
+# Predicted within -5 and +18 %.
+WITH_HOLES = Gaps(least=210 * MIB, of_passed=0.27, most_of_passed=0.35, of_converted=0.4)
 
 
 def kernel_bytes(spec: ModelSpec, footprint: Footprint) -> float:
-    """Compiled matrix products of all the shapes of a run but the first, which `HEAP_BYTES` holds."""
+    """Compiled matrix products of all the shapes of a run but the first, which `Gaps.least` holds."""
     layers = {(m.in_features, m.out_features) for m in spec.linears}
     adapted = {(m.in_features, m.out_features) for m in spec.targeted(footprint.targets)}
     full = footprint.method == "full"
@@ -45,9 +60,9 @@ def kernel_bytes(spec: ModelSpec, footprint: Footprint) -> float:
     return new * (share * KERNEL_BYTES.get(footprint.precision, 0) + (1 - share) * KERNEL_BYTES["fp32"])
 
 
-def heap_slack(run: PassSimulation, footprint: Footprint, there: Standing, tensor_peak: float) -> float:
+def heap_slack(run: PassSimulation, footprint: Footprint, there: Standing, tensor_peak: float, *, holes: bool) -> float:
     """Bytes that are resident beside the interpreter and the tensors alive at the peak."""
-    # Of tensors too large for the heap as much counts as fits: those of smaller passes were in it, and left holes.
+    # Of tensors too large for the heap as much counts as fits: those of smaller passes were in it.
     logits = max(0.0, 3 * (run.log_probabilities - HEAP_BLOCK_BYTES))
     embeddings = max(0.0, run.embedding_gradients - 2 * HEAP_BLOCK_BYTES)
     work = max(0.0, there.step_work - HEAP_BLOCK_BYTES)
@@ -55,7 +70,7 @@ def heap_slack(run: PassSimulation, footprint: Footprint, there: Standing, tenso
         moment.total - min(moment.gradients, embeddings) - (logits if moment.logits else 0.0) for moment in run.moments
     )
     mapped = there.weights + there.adapter + there.optimizer + max(logits, embeddings + work)
-    wide = footprint.method != "full" and arithmetic_of(footprint).stream == 4
-    passed = run.passed * (WIDE_PASSED_SHARE if wide else PASSED_SHARE)
-    slack = max(0.0, mapped + HEAP_SHARE * in_heap + passed - tensor_peak)
-    return min(slack, MOST_SLACK_SHARE * tensor_peak) + HEAP_BYTES
+    gaps = WITH_HOLES if holes else TIGHT
+    converted = max(0, there.loading - there.weights)
+    between = min(gaps.of_passed * run.passed, gaps.most_of_passed * tensor_peak) + gaps.of_converted * converted
+    return max(0.0, mapped + in_heap - tensor_peak) + between + gaps.least
