@@ -40,7 +40,7 @@ def budget_after(plan: Plan, *, longest: int, base_bytes: int, passes: Sequence[
         passes: The largest one that the plan's budget allows, and what came after it.
     """
     last, is_first, room = passes[-1], len(passes) == 1, _room(plan, base_bytes)
-    if not last.ran_out and last.peak_bytes - base_bytes <= room:
+    if not last.ran_out and max(last.peak_bytes, base_bytes) <= base_bytes + room:
         return last.token_budget
     if last.worst and last.token_budget <= longest:
         return None
@@ -55,7 +55,7 @@ def budget_after(plan: Plan, *, longest: int, base_bytes: int, passes: Sequence[
     if is_first or smaller >= longest:
         return max(smaller, longest)
     one_row = last.peak_bytes - base_bytes - per_token * (last.tokens - longest)
-    return longest if one_row <= room else None
+    return longest if max(one_row, 0) <= room else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,9 +110,8 @@ def _to_come(plan: Plan) -> dict[str, int]:
 
 
 def _room(plan: Plan, base_bytes: int) -> int:
-    """Bytes that a pass may take."""
-    usable = int(plan.memory.free_bytes * USABLE_SHARE)
-    return max(0, usable - base_bytes - sum(_to_come(plan).values()))
+    """Bytes that a pass may take; negative where what is there before it is too much."""
+    return int(plan.memory.free_bytes * USABLE_SHARE) - base_bytes - sum(_to_come(plan).values())
 
 
 def _pass_bytes(plan: Plan, measured: Measurement, budget: int) -> int:
