@@ -19,7 +19,7 @@ from llmtune.console import speaker
 from llmtune.errors import ConfigError, LlmtuneError, did_you_mean, nearest
 
 # In the order in which the help lists their commands.
-FAMILIES = ("train", "init", "data", "preview", "runs", "use", "study", "machine")
+FAMILIES = ("train", "init", "data", "preview", "runs", "checkpoints", "verify_resume", "use", "study", "machine")
 
 # What a shell reports for a process ended by SIGINT and by SIGPIPE.
 INTERRUPTED, PIPE_CLOSED = 130, 141

@@ -160,12 +160,26 @@ class SaveConfig(Group):
 
     every_steps: Positive | None = Field(None, description="updates between checkpoints")
     keep: Annotated[int, Field(ge=2)] = Field(3, description="newest checkpoints kept besides the best one")
+    asynchronous: bool = Field(False, description="write checkpoints in the background, from a copy in host memory")
+    compress_optimizer: bool = Field(False, description="keep the optimizer's state compressed (zstd)")
 
 
 class RecoverConfig(Group):
-    """What happens when a run was interrupted."""
+    """What happens when something goes wrong, and when a run was interrupted."""
 
     resume: str = Field("auto", min_length=1, description="auto, never, or the directory of a checkpoint")
+    restarts: Annotated[int, Field(ge=0)] = Field(
+        0, description="times that a parent process starts a killed or hung training again"
+    )
+    skip_budget: Annotated[int, Field(ge=0)] = Field(10, description="updates dropped for numbers that are not finite")
+    rollback_budget: Annotated[int, Field(ge=0)] = Field(3, description="times that a run goes back to a checkpoint")
+    spike_threshold: Annotated[float, Field(gt=0)] = Field(
+        8.0, description="robust z-score of loss or gradient norm from which on an update counts as a spike"
+    )
+    memory_guard: bool = Field(True, description="on a CPU, split passes before the memory limit is reached")
+    hang_seconds: Annotated[float, Field(gt=0)] = Field(
+        1800.0, description="without a sign of life for so long, a step or a loader counts as hung"
+    )
 
 
 class MonitorConfig(Group):

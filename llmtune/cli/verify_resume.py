@@ -1,0 +1,1 @@
+"""``llmtune verify-resume``."""
