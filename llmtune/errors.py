@@ -9,7 +9,9 @@
     ├── RunNotFoundError             exit 2   no run, study or trial of that name
     ├── DataError                    exit 3   rows that cannot be read, recognised or trained on
     ├── PlanError                    exit 4   the plan does not fit this machine
-    ├── TrainingError                exit 5   training stopped; carries the last good checkpoint
+    ├── UserCodeError                exit 1   a callback or metric of the user's raised; names whose code it was
+    ├── TrainingError                exit 5   training stopped; names the last good checkpoint
+    │   └── RecoveryExhausted        exit 5   what went wrong could not be mended any more; carries the failure
     ├── CheckpointError              exit 6   a checkpoint was asked for and none verifies
     └── Preempted                    exit 75  stopped by a signal after saving; resumable
 
@@ -20,7 +22,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from llmtune.training.recovery import Failure
 
 
 class LlmtuneError(Exception):
@@ -94,10 +99,29 @@ class PlanError(LlmtuneError):
     exit_code = 4
 
 
+class UserCodeError(LlmtuneError):
+    """Code that was handed to llmtune raised: a callback, a metric, code inside a model. Never retried."""
+
+
 class TrainingError(LlmtuneError):
     """Training stopped and could not be continued; names the last good checkpoint and the failure report."""
 
     exit_code = 5
+
+
+class RecoveryExhausted(TrainingError):
+    """What went wrong could not be mended any more.
+
+    Args:
+        failure: What went wrong at last.
+        reason: Why it ends here, e.g. what was tried.
+        account: The last good checkpoint, how to continue and where the report is; known when the run is closed.
+    """
+
+    def __init__(self, failure: Failure, reason: str, account: str = "") -> None:
+        self.failure, self.reason = failure, reason
+        told = f"training stopped at step {failure.step}: {reason}. {failure.remedy}"
+        super().__init__(f"{told} {account}".strip())
 
 
 class CheckpointError(LlmtuneError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -30,3 +31,30 @@ def _own_surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
         patch.setenv("LLMTUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.delenv("LLMTUNE_STORE", raising=False)
         yield
+
+
+_fault_outcomes: dict[int, set[str]] = {}
+
+
+def _fault_numbers(nodeid: str) -> list[int]:
+    """The numbers of the catalogue in the name of a test: ``test_fault_49_…``, ``test_fault_6_and_12_…``."""
+    match = re.search(r"::test_fault_(\d+(?:_and_\d+)*)_", nodeid)
+    return [int(number) for number in match[1].split("_and_")] if match else []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Note how each numbered fault went; one that was skipped was not tried."""
+    if report.when == "call" or report.failed:
+        for number in _fault_numbers(report.nodeid):
+            _fault_outcomes.setdefault(number, set()).add(report.outcome)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """``faults: N tried, N survived, 0 lost``: distinct numbers of the catalogue, each with all its tests."""
+    tried = {number: outcomes - {"skipped"} for number, outcomes in _fault_outcomes.items() if outcomes != {"skipped"}}
+    if not tried:
+        return
+    lost = sorted(number for number, outcomes in tried.items() if outcomes != {"passed"})
+    named = f" ({', '.join(map(str, lost))})" if lost else ""
+    survived = len(tried) - len(lost)
+    terminalreporter.write_line(f"faults: {len(tried)} tried, {survived} survived, {len(lost)} lost{named}")

@@ -427,7 +427,7 @@ def _start(tmp_path, data, output):
         pytest.param("adapter", marks=pytest.mark.sweep),
     ],
 )
-def test_a_killed_study_ends_with_exactly_its_trials(data, tmp_path, moment):
+def test_fault_58_a_killed_study_ends_with_exactly_its_trials(data, tmp_path, moment):
     process = _start(tmp_path, data, tmp_path / "killed")
     awaited = tmp_path / "killed" / "trials" / "trial-002" / moment
     deadline = time.monotonic() + 120

@@ -1,16 +1,18 @@
-"""Which checkpoints a run has, which of them can be trusted, and which may go."""
+"""Which checkpoints a run has, which of them can be trusted, and which is the best."""
 
 from __future__ import annotations
 
-import re
-import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from llmtune.checkpoints.commit import STAGING_PREFIX, TRASH_PREFIX, discard
-from llmtune.checkpoints.manifest import read_manifest, verify
+from llmtune.checkpoints import durable
+from llmtune.checkpoints.manifest import Verification, verify
+from llmtune.checkpoints.places import STAGING_PREFIX, TRASH_PREFIX
+from llmtune.checkpoints.places import committed as committed
+from llmtune.checkpoints.sharing import restore
 from llmtune.errors import CheckpointError
 
 
@@ -22,7 +24,8 @@ class CheckpointInfo:
         verified: Whether every file matches the manifest.
         reason: The first difference, or that there is none.
         metrics: Metrics of the evaluation at this step, empty when there was none.
-        healthy: Verified and all weights finite.
+        healthy: Verified, all weights finite, no open incident, last evaluation within tolerance of the best.
+        facts: All that its manifest says, its files left out; empty where it does not verify.
     """
 
     step: int
@@ -32,6 +35,7 @@ class CheckpointInfo:
     metrics: Mapping[str, float]
     num_bytes: int
     healthy: bool
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """One entry of ``checkpoints RUN --json``."""
@@ -46,80 +50,99 @@ class CheckpointInfo:
         }
 
 
-def step_of(checkpoint: Path) -> int:
-    """The step in the name of a committed checkpoint, which its manifest confirms."""
-    return int(checkpoint.name.removeprefix("checkpoint-"))
-
-
-def committed(checkpoints: Path) -> list[tuple[int, Path]]:
-    """Step and path of every ``checkpoint-<step>``, newest first by step, whatever the clock says."""
-    if not checkpoints.is_dir():
-        return []
-    matches = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in checkpoints.iterdir())
-    return sorted(((int(m[1]), path) for m, path in matches if m), reverse=True)
-
-
 def list_checkpoints(checkpoints: Path) -> list[CheckpointInfo]:
-    """Every committed checkpoint, verified now, newest first."""
-    return [_inspect(step, path) for step, path in committed(checkpoints)]
+    """Every committed checkpoint, every byte of it verified now, newest first."""
+    return [inspect(step, path) for step, path in committed(checkpoints)]
 
 
-def _inspect(step: int, path: Path) -> CheckpointInfo:
-    result = verify(path)
-    facts: Mapping[str, Any] = read_manifest(path) if result.ok else {}
+def inspect(step: int, path: Path, check: Callable[[Path], Verification] = verify) -> CheckpointInfo:
+    """One committed checkpoint, as far as ``check`` believes it."""
+    result = check(path)
+    facts = {key: value for key, value in result.manifest.items() if key != "files"}
     return CheckpointInfo(
         step=step,
         path=path,
         verified=result.ok,
         reason=result.reason,
         metrics=facts.get("metrics", {}),
-        num_bytes=sum(entry["bytes"] for entry in facts.get("files", {}).values()),
-        healthy=result.ok and bool(facts.get("finite_weights")),
+        num_bytes=sum(entry["bytes"] for entry in result.manifest.get("files", {}).values()),
+        healthy=result.ok and _is_healthy(facts),
+        facts=facts,
     )
 
 
-def newest_verified(checkpoints: Path, rejected: Callable[[CheckpointInfo], None]) -> Path | None:
-    """The newest checkpoint that verifies; each newer one that does not is handed to ``rejected``.
+def newest_verified(
+    checkpoints: Path,
+    rejected: Callable[[CheckpointInfo], None],
+    objection: Callable[[Path], str | None] = lambda path: None,
+) -> Path | None:
+    """The newest checkpoint that can be resumed; each newer one that cannot is handed to ``rejected``.
+
+    A damaged file that can be rebuilt is restored first. Weights that are not finite are passed over.
+
+    Args:
+        checkpoints: Where they lie. The caller holds the run's lock.
+        rejected: Told why a checkpoint is not used.
+        objection: What else speaks against a checkpoint that verifies; None where nothing does.
 
     Returns:
         Its path, or None when nothing was ever committed.
 
     Raises:
-        CheckpointError: Checkpoints exist and none of them verifies.
+        CheckpointError: Checkpoints exist and none of them can be resumed.
     """
-    found = committed(checkpoints)
+    found, reasons = committed(checkpoints), []
     for step, path in found:
-        info = _inspect(step, path)
+        info = inspect(step, path)
+        if not info.verified and restore(path):
+            info = inspect(step, path)
         if info.verified:
-            return path
+            info = replace(info, reason=_unusable(info) or objection(path) or "")
+            if not info.reason:
+                return path
+        reasons.append(info.reason)
         rejected(info)
     if found:
         raise CheckpointError(
-            f"{checkpoints}: none of {len(found)} checkpoints verifies (newest: {_inspect(*found[0]).reason}). "
+            f"{checkpoints}: none of {len(found)} checkpoints verifies (newest: {reasons[0]}). "
             "Start over in a new directory with --output, or with --resume never"
         )
     return None
 
 
-def retain(checkpoints: Path, *, keep: int, best: Path | None) -> list[int]:
-    """Delete old checkpoints: the newest ``keep`` verified ones, the best and the newest healthy one stay.
+def best_of(infos: Iterable[CheckpointInfo], metric: str, *, greater_is_better: bool) -> CheckpointInfo | None:
+    """The verified checkpoint with the best finite ``metric``; of equals the newest, None where none has it."""
+    having = [info for info in infos if info.verified and metric_of(info, metric) is not None]
+    sign = 1 if greater_is_better else -1
+    return max(having, key=lambda info: (sign * (metric_of(info, metric) or 0.0), info.step), default=None)
 
-    Returns:
-        Steps that were deleted. One that does not verify is never counted as kept, and never deleted here.
-    """
-    infos = [info for info in list_checkpoints(checkpoints) if info.verified]
-    kept = {info.path for info in infos[:keep]}
-    kept |= {info.path for info in infos if best is not None and info.path.name == best.name}
-    kept |= {info.path for info in [i for i in infos if i.healthy][:1]}
-    gone = [info for info in infos if info.path not in kept]
-    for info in gone:
-        discard(info.path)
-    return [info.step for info in gone]
+
+def metric_of(info: CheckpointInfo, metric: str) -> float | None:
+    """The value of ``metric``, with or without its prefix ``eval_``; None where it is missing or not finite."""
+    value = info.metrics.get(metric, info.metrics.get(f"eval_{metric}"))
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def sweep_leftovers(checkpoints: Path) -> None:
-    """Remove staging and trash folders that a killed process left; the caller holds the run's lock."""
-    if checkpoints.is_dir():
-        for path in checkpoints.iterdir():
-            if path.name.startswith((STAGING_PREFIX, TRASH_PREFIX)):
-                shutil.rmtree(path)
+    """Remove what a killed process left half-way, of checkpoints and of final exports beside them.
+
+    The caller holds the run's lock, so nobody else can be at work here.
+    """
+    for folder in (checkpoints, checkpoints.parent):
+        if not folder.is_dir():
+            continue
+        ours = (STAGING_PREFIX, TRASH_PREFIX) if folder == checkpoints else _EXPORTS
+        for path in folder.iterdir():
+            if path.name.startswith(ours):
+                durable.remove(path)
+
+
+_EXPORTS = tuple(f"{prefix}{name}-" for prefix in (STAGING_PREFIX, TRASH_PREFIX) for name in ("adapter", "model"))
+
+
+def _is_healthy(facts: Mapping[str, Any]) -> bool:
+    return bool(facts.get("finite_weights")) and not facts.get("open_incident") and not facts.get("evaluation_worse")
+
+
+def _unusable(info: CheckpointInfo) -> str | None:
+    return None if info.facts.get("finite_weights") else "its weights are not finite"

@@ -45,6 +45,10 @@ Resume = Annotated[
     str | None,
     typer.Option("--resume", metavar="HOW", help="auto (continue if there is something), never, or a checkpoint."),
 ]
+Restarts = Annotated[
+    int | None,
+    typer.Option("--restarts", metavar="N", min=0, help="Start a killed or hung training again, up to N times."),
+]
 Seed = Annotated[int | None, typer.Option("--seed", metavar="N", help="Of order, split, dropout, initialisation.")]
 MaxSteps = Annotated[int | None, typer.Option("--max-steps", metavar="N", help="Stop after this many updates.")]
 HardwareFile = Annotated[
@@ -64,6 +68,7 @@ class Asked:
     output: str | None = None
     eval_data: str | None = None
     resume: str | None = None
+    restarts: int | None = None
     seed: int | None = None
     max_steps: int | None = None
 
@@ -79,6 +84,7 @@ class Asked:
             "train.max_steps": self.max_steps,
             "output.dir": self.output,
             "recover.resume": self.resume,
+            "recover.restarts": self.restarts,
         }
         return {key: value for key, value in keys.items() if value is not None}
 

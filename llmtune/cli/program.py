@@ -97,12 +97,14 @@ def _debugging(arguments: Sequence[str]) -> bool:
 
 
 def _failed(error: LlmtuneError, *, debug: bool = False) -> int:
+    from llmtune.runs import redact
+
     if debug:
         import traceback
 
-        sys.stderr.write("".join(traceback.format_exception(error)))
+        sys.stderr.write(redact("".join(traceback.format_exception(error))))
     else:
-        speaker.error(f"{type(error).__name__}: {error}")
+        speaker.error(redact(f"{type(error).__name__}: {error}"))
     return error.exit_code
 
 

@@ -61,6 +61,7 @@ def study(
     stopped. The best configuration is written as YAML for llmtune train --config.
     """
     from llmtune.cli.tell import tell_study
+    from llmtune.hardware.processes import stoppable
     from llmtune.study import Study
 
     asked = Asked(data=data, model=model, preset=preset, method=method, eval_data=eval_data, seed=seed)
@@ -73,4 +74,6 @@ def study(
         space=space,
         output=output,
     )
-    tell_study(search.run(), as_json)
+    with stoppable():
+        result = search.run()
+    tell_study(result, as_json)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,6 +21,7 @@ from llmtune.cli.options import (
     Model,
     Output,
     Preset,
+    Restarts,
     Resume,
     Run,
     Seed,
@@ -29,6 +32,7 @@ from llmtune.cli.options import (
 
 if TYPE_CHECKING:
     from llmtune.config import RunConfig
+    from llmtune.finetuner import RunResult
 
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop; the same as llmtune plan.")]
 
@@ -44,6 +48,7 @@ def train(
     config: Config = None,
     settings: Set = None,
     resume: Resume = None,
+    restarts: Restarts = None,
     seed: Seed = None,
     max_steps: MaxSteps = None,
     dry_run: DryRun = False,
@@ -61,6 +66,7 @@ def train(
         output=output,
         eval_data=eval_data,
         resume=resume,
+        restarts=restarts,
         seed=seed,
         max_steps=max_steps,
     )
@@ -68,22 +74,66 @@ def train(
     if dry_run:
         _plan(wanted, None, as_json)
         return
-    from llmtune.cli.tell import tell_result
-    from llmtune.finetuner import FineTuner
 
-    tell_result(FineTuner(config=wanted).train(), as_json)
+    def run() -> RunResult:
+        from llmtune.finetuner import FineTuner
+
+        return FineTuner(config=wanted).train()
+
+    _carry_out(run, wanted, None, as_json)
 
 
-@command("resume", example="llmtune resume runs/chats-tinyllama-3f9a1c")
-def resume_run(run: Run, as_json: Json = False) -> None:
-    """Continue a stopped run.
+@command("resume", example="llmtune resume runs/chats-tinyllama-3f9a1c\nllmtune resume chats-tiny --set max_steps=400")
+def resume_run(run: Run, settings: Set = None, as_json: Json = False) -> None:
+    """Continue a stopped run, or extend a finished one.
 
-    It keeps the configuration it was started with.
+    It keeps the configuration it was started with, except for what --set changes. What a begun run cannot take is
+    refused.
     """
-    from llmtune.cli.tell import tell_result
-    from llmtune.finetuner import FineTuner
+    from llmtune.finetuner.continuing import configuration_of
+    from llmtune.runs import RunDirectory
 
-    tell_result(FineTuner.resume(find_run(run)), as_json)
+    path, flags = find_run(run), settings or []
+
+    def go_on() -> RunResult:
+        from llmtune.finetuner import FineTuner
+
+        return FineTuner.resume(path, flags=flags)
+
+    _carry_out(go_on, configuration_of(RunDirectory.open(path), {}, flags), path, as_json)
+
+
+def _carry_out(train: Callable[[], RunResult], config: RunConfig, run: Path | None, as_json: bool) -> None:
+    """Train in this process, or in a child that is started again when that was asked for.
+
+    Args:
+        train: Trains; loads torch.
+        config: What was asked.
+        run: The run directory, where a run is continued by its name.
+        as_json: Whether the result is told as JSON.
+
+    Raises:
+        Preempted: A signal came; what was saved before stands.
+    """
+    from llmtune.hardware.processes import is_supervised, stoppable
+
+    if config.recover.restarts and not is_supervised():
+        from llmtune.restarts import Supervision, own_command, supervise
+
+        output = run or (Path(config.output.dir) if config.output.dir is not None else None)
+        job = Supervision(
+            command=own_command(),
+            restarts=config.recover.restarts,
+            hang_seconds=config.recover.hang_seconds,
+            output=output,
+            root=Path(config.output.root),
+            resume="auto" if run is not None else config.recover.resume,
+        )
+        raise typer.Exit(supervise(job))
+    with stoppable():
+        from llmtune.cli.tell import tell_result
+
+        tell_result(train(), as_json)
 
 
 @command(
@@ -143,6 +193,7 @@ def demo(output: Output = None, as_json: Json = False) -> None:
     from llmtune.cli.tell import introduce_demo, tell_demo
     from llmtune.evaluation import exact_match
     from llmtune.finetuner import FineTuner
+    from llmtune.hardware.processes import stoppable
 
     introduce_demo()
     asked = Asked(
@@ -153,4 +204,5 @@ def demo(output: Output = None, as_json: Json = False) -> None:
         output=output,
     )
     tuner = FineTuner(config=configured(asked, None, None), metrics={"exact_match": exact_match})
-    tell_demo(tuner.train(), as_json)
+    with stoppable():
+        tell_demo(tuner.train(), as_json)

@@ -6,32 +6,53 @@ import importlib.metadata
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from llmtune.checkpoints import step_of
+from llmtune.checkpoints import newest_verified, step_of
 from llmtune.config import RunConfig, store_url
 from llmtune.console import speaker
 from llmtune.data import DataReport, summarise
-from llmtune.errors import ConfigError, LlmtuneError, OutputError, Preempted, TrainingError
+from llmtune.errors import (
+    CheckpointError,
+    ConfigError,
+    LlmtuneError,
+    OutputError,
+    Preempted,
+    RecoveryExhausted,
+    RunNotFoundError,
+    TrainingError,
+    UserCodeError,
+)
 from llmtune.finetuner.result import RunResult
 from llmtune.hardware import Hardware
 from llmtune.planning import Plan
 from llmtune.planning.correction import experience
-from llmtune.runs import RunDirectory, RunStore, choose_directory, derive_name, is_run
-from llmtune.training.meter import is_out_of_memory
+from llmtune.runs import RunDirectory, RunStore, choose_directory, derive_name, is_run, redact
+from llmtune.training.recovery import (
+    Attempt,
+    Failure,
+    Remedy,
+    attempts_of,
+    classify,
+    note_incident,
+    recovery,
+    write_failure,
+)
+from llmtune.training.recovery.origin import phase_of, updates_done
+from llmtune.training.recovery.report import failure_text, resume_command
 
 if TYPE_CHECKING:
     from llmtune.training import TrainingOutcome
 
 PACKAGES = ("llmtune", "torch", "transformers", "accelerate", "peft", "datasets", "bitsandbytes", "optuna", "numpy")
-OUT_OF_MEMORY = "out_of_memory"
 
 
 def open_run(config: RunConfig, identity: dict[str, str], *, data_name: str) -> RunDirectory:
@@ -152,32 +173,23 @@ def told(run: RunDirectory) -> Iterator[None]:
     """Whatever ends the block is written down: status, event, failure report, exit code, report page, run store.
 
     Raises:
-        TrainingError: Memory ran out.
-        LlmtuneError: A defect of ours; the message names the traceback.
+        RecoveryExhausted: What the machine did could not be mended; names the last good checkpoint and the report.
+        UserCodeError: A callback or metric of the user's raised; names it.
+        LlmtuneError: What was raised on purpose, as it was; else a defect of ours, whose traceback is named.
     """
     try:
         yield
     except Preempted as stop:
         step = _last_step(run)
-        command = f"llmtune resume {run.path}"
+        command = resume_command(run)
         run.event("preempted", step, reason=str(stop), command=command)
         _close(run, "preempted", Preempted.exit_code)
         raise Preempted(f"{stop}. Continue with: {command}") from None
-    except LlmtuneError as error:
-        _failed(run, error, kind=type(error).__name__, cause=str(error), exit_code=error.exit_code)
-        raise
     except Exception as error:
-        if is_out_of_memory(error):
-            report = _failed(run, error, kind=OUT_OF_MEMORY, cause="memory ran out", exit_code=TrainingError.exit_code)
-            raise TrainingError(
-                f"memory ran out at step {_last_step(run) + 1}. The last checkpoint stands; lower --set "
-                f"train.token_budget and continue, or try --method qlora. Failure report: {report}"
-            ) from error
-        report = _failed(run, error, kind="defect", cause=f"{type(error).__name__}: {error}", exit_code=1)
-        raise LlmtuneError(
-            f"{type(error).__name__}: {error}. This is a defect of llmtune or of code handed to it; the traceback "
-            f"is in {report.with_suffix('.txt')}"
-        ) from error
+        ended = _failed(run, error)
+        if ended is error:
+            raise
+        raise ended from error
 
 
 def finish(run: RunDirectory, outcome: TrainingOutcome) -> RunResult:
@@ -201,28 +213,124 @@ def index(run: RunDirectory) -> None:
         speaker.warn(f"the run store could not be written: {error}; `llmtune runs --rebuild` makes it anew")
 
 
-def _failed(run: RunDirectory, error: Exception, *, kind: str, cause: str, exit_code: int) -> Path:
-    report = run.write_failure(error, kind=kind, cause=cause, remedy="see the message")
-    run.event("run_failed", _last_step(run), kind=kind, cause=cause, failure=str(report.relative_to(run.path)))
-    _close(run, "failed", exit_code)
-    return report
+def _failed(run: RunDirectory, error: Exception) -> LlmtuneError:
+    """Write down what ended the run; returns what to raise."""
+    failure = classify(
+        error,
+        step=_last_step(run) if (done := updates_done(error)) is None else done,
+        phase=phase_of(error),
+        free_disk_bytes=lambda: shutil.disk_usage(run.path).free,
+        free_inodes=lambda: _free_inodes(run.path),
+        needed_disk_bytes=_checkpoint_bytes(run),
+    )
+    attempts = attempts_of(run.events())
+    plan = _plan_of(run)
+    remedy = None if plan is None else recovery(failure, plan, attempts)
+    checkpoint = _last_good(run)
+    action = "restart" if remedy is not None and remedy.action in ("restart", "restart_loader") else "stop"
+    try:
+        report = write_failure(run, error, failure, action=action, tried=attempts, checkpoint=checkpoint)
+    except (OutputError, RunNotFoundError):
+        report = _aside(failure_text(run, error, failure, tried=attempts, checkpoint=checkpoint))
+    ended = _to_raise(run, error, failure, report, checkpoint, _why(error, failure, remedy, attempts))
+    with _as_far_as_possible():
+        if failure.kind != "refused":
+            note_incident(run, failure)
+        where = str(report.relative_to(run.path)) if report.is_relative_to(run.path) else str(report)
+        run.event("run_failed", _last_step(run), kind=failure.kind, cause=failure.cause, failure=where)
+        _close(run, "failed", ended.exit_code)
+    return ended
+
+
+def _to_raise(
+    run: RunDirectory, error: Exception, failure: Failure, report: Path, checkpoint: Path | None, reason: str
+) -> LlmtuneError:
+    """The error for the user: one sentence for what happened, one for where the account is, one for what to do."""
+    stands = "There is no checkpoint yet" if checkpoint is None else f"The last good checkpoint is {checkpoint}"
+    account = f"{stands}; continue with: {resume_command(run)}. Failure report: {report}"
+    if type(error) is TrainingError:
+        known = resume_command(run) in str(error)
+        more = f"{stands}. Failure report: {report}" if known else account
+        return TrainingError(f"{error}. {more}")
+    nothing_started = isinstance(error, OutputError) and failure.step == 0
+    if isinstance(error, RecoveryExhausted):
+        return RecoveryExhausted(failure, reason, account)
+    if isinstance(error, LlmtuneError) and (failure.kind != "disk" or nothing_started):
+        return error
+    raised = f"{type(error).__name__}: {error}"
+    text = report.with_suffix(".txt")
+    if failure.kind == "user_code":
+        return UserCodeError(
+            f"your {failure.evidence['owner']} raised {raised} ({failure.evidence['where']}). It is not tried again: "
+            f"mend it, then continue with: {resume_command(run)}. The traceback is in {text}"
+        )
+    if failure.kind == "defect":
+        return LlmtuneError(
+            f"{raised}. This is a defect of llmtune or of code handed to it; the traceback is in {text}"
+        )
+    return RecoveryExhausted(failure, reason, account)
+
+
+def _why(error: Exception, failure: Failure, remedy: Remedy | None, attempts: Sequence[Attempt]) -> str:
+    """Why it ends here: what was tried in vain, else what happened."""
+    if isinstance(error, RecoveryExhausted):
+        return error.reason
+    in_vain = any(one.failure.kind == failure.kind for one in attempts)
+    return remedy.reason if in_vain and remedy is not None and remedy.action == "stop" else failure.cause
+
+
+@contextmanager
+def _as_far_as_possible() -> Iterator[None]:
+    """A block that writes into the run directory, which may be what failed: that is said, the first error stands."""
+    try:
+        yield
+    except (OutputError, RunNotFoundError) as error:
+        speaker.warn(f"the end of the run could not be written down: {error}")
+
+
+def _aside(text: str) -> Path:
+    """A report that the run directory cannot take, in the folder for temporary files."""
+    descriptor, name = tempfile.mkstemp(prefix="llmtune-failure-", suffix=".txt")
+    with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(redact(text))
+    return Path(name)
+
+
+def _plan_of(run: RunDirectory) -> Plan | None:
+    try:
+        document = run.latest_plan()
+    except RunNotFoundError:
+        return None
+    return None if document is None else Plan.from_json(document)
+
+
+def _last_good(run: RunDirectory) -> Path | None:
+    """The newest checkpoint that verifies."""
+    try:
+        return newest_verified(run.checkpoints, lambda rejected: None)
+    except (CheckpointError, OSError):
+        return None
+
+
+def _checkpoint_bytes(run: RunDirectory) -> int | None:
+    """What the newest checkpoint takes on disk, as a measure of what the next one needs."""
+    try:
+        newest = max(run.checkpoints.glob("checkpoint-*"), key=step_of, default=None)
+        return None if newest is None else sum(file.stat().st_size for file in newest.rglob("*") if file.is_file())
+    except (OSError, ValueError):
+        return None
+
+
+def _free_inodes(path: Path) -> int | None:
+    """Inodes that are left; None where the file system counts none."""
+    found = os.statvfs(path)
+    return found.f_favail if found.f_files else None
 
 
 def _close(run: RunDirectory, status: str, exit_code: int) -> None:
-    steps = run.steps()
-    last = steps[-1] if steps else {}
-    of = (run.latest_plan() or {}).get("choices", {}).get("updates", {}).get("value")
-    saved = [event for event in run.events() if event["event"] == "checkpoint_saved"]
-    run.update_run(status=status, exit_code=exit_code, steps=last.get("step", 0), **_measured(run, steps))
-    run.write_status(
-        state=status,
-        step=last.get("step", 0),
-        of=of,
-        eta_seconds=0.0 if status == "finished" else None,
-        loss=last.get("loss"),
-        last_checkpoint=saved[-1]["path"] if saved else None,
-        exit_code=exit_code,
-    )
+    run.end(status, exit_code=exit_code)
+    if measured := _measured(run, run.steps()):
+        run.update_run(**measured)
     try:
         if run.run["config"]["monitor"]["report"]:
             from llmtune.reporting import write_report

@@ -14,15 +14,17 @@ from llmtune.console import quieten_libraries, speaker
 from llmtune.data import DataReport
 from llmtune.errors import CheckpointError, ConfigError, HardwareError, did_you_mean
 from llmtune.evaluation import Metric
-from llmtune.finetuner import account, facts, rows
+from llmtune.finetuner import account, continuing, facts, rows
 from llmtune.finetuner.result import RunResult
 from llmtune.hardware import Hardware, launch_shortfall, yield_cores
+from llmtune.hardware.processes import stoppable
 from llmtune.planning import Plan, PlanRequest, make_plan
-from llmtune.runs import RunDirectory
+from llmtune.runs import RunDirectory, is_run
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
 
+    from llmtune.finetuner.continuing import Continued
     from llmtune.finetuner.tuned import TunedRun, Verdict
     from llmtune.training import Ranks, TrainingJob
 
@@ -65,6 +67,7 @@ class FineTuner:
             self.config = load_config(settings, file=config, where="FineTuner")
         self._data, self._callbacks, self._metrics = data, tuple(callbacks), dict(metrics or {})
         self._run_dir: Path | None = None
+        self._continues = False  # whether a run was named to be continued
         self._tuned: TunedRun | None = None
 
     def check(self) -> DataReport:
@@ -127,18 +130,18 @@ class FineTuner:
         plan.require_fit()
         if request.correction.basis == "runs":
             speaker.say(f"predictions: {request.correction.reason}")
-        run = self._open_run(ranks, model, data, inputs.name)
-        if run.run["status"] == "finished":
+        run, continued = self._open_run(ranks, self._identity(model, data), inputs.name, request, plan)
+        if run.run["status"] == "finished" and (continued is None or not continued.extends):
             speaker.say(f"{run.path} is finished; nothing to do")
             return RunResult.of(run)
         with run.lock() if ranks.is_main else nullcontext():
             try:
-                job, resume_from = self._prepare(run, ranks, request, model, data, plan, report)
+                job, resume_from = self._prepare(run, ranks, request, model, data, plan, continued, report)
             except BaseException:
                 if ranks.is_main:
                     run.discard()  # nothing has been trained: leave nothing half-created behind
                 raise
-            with account.told(run) if ranks.is_main else nullcontext():
+            with account.told(run) if ranks.is_main else nullcontext(), stoppable():
                 outcome = run_training(job, resume_from)
                 return account.finish(run, outcome) if ranks.is_main else RunResult.of(run)
 
@@ -151,22 +154,38 @@ class FineTuner:
         return self._finished().generate(prompt, max_new_tokens=max_new_tokens)
 
     @classmethod
-    def resume(cls, run_dir: str | Path, data: Any = None, **kwargs: Any) -> RunResult:
-        """Continue a stopped run with the configuration it was started with.
+    def resume(
+        cls,
+        run_dir: str | Path,
+        data: Any = None,
+        *,
+        callbacks: Sequence[TrainerCallback] = (),
+        metrics: Mapping[str, Metric] | None = None,
+        flags: Sequence[str] = (),
+        **settings: Any,
+    ) -> RunResult:
+        """Continue a stopped run with the configuration it was started with, or extend a finished one.
 
         Args:
             run_dir: The run directory.
             data: The data again, when the run was started on rows in memory instead of a file.
-            **kwargs: ``callbacks`` and ``metrics``, when the run was started with any.
+            callbacks: The same ones again, when the run was started with any.
+            metrics: The same ones again, when the run was started with any.
+            flags: Changes as the command line has them: ``key=value``.
+            **settings: ``RunConfig`` keys that are different from here on: ``max_steps=200``, ``learning_rate=5e-5``.
+                What can be is applied and said; what cannot, such as another seed, is refused.
 
         Raises:
             RunNotFoundError: There is no run.
+            OutputError: A change that a begun run cannot take.
             CheckpointError: Checkpoints exist and none verifies.
         """
         run = RunDirectory.open(run_dir)
-        config = load_config(run.run["config"], environ={}, where=str(run.path / "run.json"))
+        config = continuing.configuration_of(run, settings, flags)
         output = config.output.model_copy(update={"dir": str(run.path)})
-        return cls(data, config=config.model_copy(update={"output": output}), **kwargs).train()
+        tuner = cls(data, config=config.model_copy(update={"output": output}), callbacks=callbacks, metrics=metrics)
+        tuner._continues = True
+        return tuner.train()
 
     def _require_metric(self) -> None:
         wanted = self.config.evaluate.metric.removeprefix("eval_")
@@ -174,19 +193,40 @@ class FineTuner:
         if wanted not in known:
             raise ConfigError("evaluate.metric", [f"got '{wanted}'{did_you_mean(wanted, known)}"])
 
-    def _open_run(self, ranks: Ranks, model: facts.Model, data: rows.Data, data_name: str) -> RunDirectory:
+    def _identity(self, model: facts.Model, data: rows.Data) -> dict[str, str]:
         revision, template = self.config.model.revision, getattr(model.tokenizer, "chat_template", None)
         settings = hashlib.sha256(f"{self.config.identity_hash()}\n{template}".encode()).hexdigest()
-        identity = {
+        return {
             "data": data.fingerprint[:12],
             "model": model.spec.id + (f"@{revision}" if revision else ""),
             "config": settings[:12],
         }
-        run = account.open_run(self.config, identity, data_name=data_name) if ranks.is_main else None
-        path = ranks.from_main(run.path if run is not None else None)
+
+    def _open_run(
+        self, ranks: Ranks, identity: dict[str, str], data_name: str, request: PlanRequest, fresh: Plan
+    ) -> tuple[RunDirectory, Continued | None]:
+        """The directory of this run, and how it goes on if it has begun."""
+        run: RunDirectory | None = None
+        continued: Continued | None = None
+        if ranks.is_main:
+            run = self._held()
+            changes = () if run is None else continuing.changed_settings(run, self.config, identity)
+            if run is not None and changes:
+                continuing.require_continuable(run, identity, changes, asked=self._continues)
+            else:
+                run = account.open_run(self.config, identity, data_name=data_name)
+            continued = continuing.continued(run, identity, request, fresh, changes, asked=self._continues)
+        path, continued = ranks.from_main((run.path if run is not None else None, continued))
         assert path is not None
         self._run_dir = path
-        return run if run is not None else RunDirectory.open(path)
+        return run if run is not None else RunDirectory.open(path), continued
+
+    def _held(self) -> RunDirectory | None:
+        """The run that is in ``output.dir``, if it may be continued."""
+        directory = self.config.output.dir
+        if directory is None or self.config.recover.resume == "never" or not is_run(Path(directory)):
+            return None
+        return RunDirectory.open(directory)
 
     def _prepare(
         self,
@@ -196,6 +236,7 @@ class FineTuner:
         model: facts.Model,
         data: rows.Data,
         plan: Plan,
+        continued: Continued | None,
         report: DataReport,
     ) -> tuple[TrainingJob, Path | None]:
         """Settle the plan in force and where to start from, write both down, and load the weights."""
@@ -206,10 +247,8 @@ class FineTuner:
         from llmtune.training import TrainingJob
 
         resume_from = ranks.from_main(self._checkpoint(run) if ranks.is_main else None)
-        continues = ranks.from_main(resume_from is not None or bool(run.steps()))
-        in_force = run.latest_plan() if continues else None
-        if in_force is not None:  # a continued run neither plans nor probes again
-            plan = Plan.from_json(in_force)
+        if continued is not None:  # not probed again, and planned anew only where something has changed
+            plan = continued.plan
         elif ranks.is_main:
             account.begin(run, config=self.config, plan=plan, fingerprint=data.fingerprint, hardware=request.hardware)
             run.write_json("data_report.json", report.to_json())
@@ -221,7 +260,7 @@ class FineTuner:
         assert model.location is not None
         assert model.tokenizer is not None
         assert data.train is not None
-        require_lasting(model.tokenizer)
+        require_lasting(model.tokenizer, trust_remote_code=self.config.model.trust_remote_code)
         torch.set_num_threads(plan.threads.value)
         set_seed(plan.seed.value)
         weights = load_for_training(
@@ -236,7 +275,10 @@ class FineTuner:
             device=ranks.device,
         )
         if ranks.is_main:
+            base = facts.base_of(model.location)
+            continuing.take_up(run, self._identity(model, data), self.config, base, continued, resume_from)
             account.started(run, plan, resume_from, ranks.size)
+        ranks.wait()
         job = TrainingJob(
             plan=plan,
             config=self.config,
@@ -246,15 +288,19 @@ class FineTuner:
             tokenizer=model.tokenizer,
             train_data=data.train,
             eval_data=data.eval,
-            checkpoint_facts={"identity": run.run["identity"], "data_fingerprint": data.fingerprint},
+            checkpoint_facts={
+                "identity": run.run["identity"],
+                "data_fingerprint": data.fingerprint,
+                "base_model": run.run["base_model"],
+            },
             callbacks=self._callbacks,
             metrics=self._metrics,
-            request=None if continues or self.config.train.probe is False else request,
+            request=None if continued or resume_from or self.config.train.probe is False else request,
         )
         return job, resume_from
 
     def _checkpoint(self, run: RunDirectory) -> Path | None:
-        from llmtune.checkpoints import verify
+        from llmtune.checkpoints import read_manifest, verify
         from llmtune.training.train import find_checkpoint
 
         wanted = self.config.recover.resume
@@ -262,12 +308,13 @@ class FineTuner:
             return find_checkpoint(run)
         if wanted == "never":
             return None
-        path = Path(wanted)
+        path = Path(wanted).absolute()
         if not path.is_dir():
             raise ConfigError("--resume", [f"got '{wanted}', expected auto, never or the directory of a checkpoint"])
         result = verify(path)
         if not result.ok:
             raise CheckpointError(f"{path} is not used: {result.reason}. --resume auto takes the newest that verifies")
+        continuing.require_same_run(path, read_manifest(path), run)
         return path
 
     def _finished(self) -> TunedRun:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
 
 # Bytes of English text per token of a 32k vocabulary, where neither tokenizer nor catalogue knows better.
 USUAL_BYTES_PER_TOKEN = 4.0
+# What a model and its tokenizer are loaded from; weights in pickles do not count beside safetensors.
+LOADED_SUFFIXES = frozenset({".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py"})
 # Run directories that are looked into for what they teach about predictions, the newest: 50 take about 2 ms.
 RUNS_LEARNED_FROM = 50
 
@@ -55,6 +59,42 @@ class Model:
     choice: Choice[str]
     location: ModelLocation | None
     tokenizer: PreTrainedTokenizerBase | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseModel:
+    """What is in a base model: its commit where it is the Hub's, and a digest of each file it is loaded from."""
+
+    commit: str | None
+    files: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """``base_model`` in ``run.json`` and manifests."""
+        return {"commit": self.commit, "files": self.files}
+
+
+def base_of(location: ModelLocation) -> BaseModel:
+    """The content of a base model whose files are here; every byte is read, unless the Hub's cache names its hash."""
+    directory = Path(location.source)
+    if location.revision is not None:
+        from huggingface_hub import try_to_load_from_cache
+
+        directory = Path(str(try_to_load_from_cache(location.source, "config.json", revision=location.revision))).parent
+    found = sorted(p for p in directory.iterdir() if p.suffix in LOADED_SUFFIXES and p.is_file() and p.name[0] != ".")
+    if any(path.suffix == ".safetensors" for path in found):
+        found = [path for path in found if path.suffix != ".bin"]
+    with ThreadPoolExecutor() as threads:
+        digests = list(threads.map(_content, found))
+    return BaseModel(commit=location.revision, files={p.name: d for p, d in zip(found, digests, strict=True)})
+
+
+def _content(path: Path) -> str:
+    """SHA-256 of a file. The Hub's cache keeps large files under that name: what it has checked is not read again."""
+    blob = path.resolve()
+    if blob.parent.name == "blobs" and len(blob.name) == 64:
+        return blob.name
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def machine_of(config: RunConfig, hardware: Hardware | None = None) -> Machine:

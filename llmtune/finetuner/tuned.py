@@ -100,7 +100,8 @@ class TunedRun:
         """The tokenizer as saved with the result, chat template included."""
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(str(self.run.final))
+        trust = self.config.model.trust_remote_code
+        return AutoTokenizer.from_pretrained(str(self.run.final), trust_remote_code=trust)
 
     @cached_property
     def model(self) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.errors import ModelError
+from llmtune.models.adapter_files import require_plain_adapter
 from llmtune.models.locate import ModelLocation
 
 if TYPE_CHECKING:
@@ -20,8 +21,12 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _PROBE = "Hello, world! It costs 12,345.60\n\n  naïve ÄÖÜ 日本語 🙂\tend "
 
 
-def require_lasting(tokenizer: PreTrainedTokenizerBase) -> None:
+def require_lasting(tokenizer: PreTrainedTokenizerBase, *, trust_remote_code: bool = False) -> None:
     """Prove that the tokenizer saved with the result is the one that is trained with, chat template included.
+
+    Args:
+        tokenizer: As it was loaded.
+        trust_remote_code: Whether the user lets its repository run code of its own; unsaid, transformers would ask.
 
     Raises:
         ModelError: Saved and loaded again it writes prompts or token ids differently.
@@ -30,7 +35,7 @@ def require_lasting(tokenizer: PreTrainedTokenizerBase) -> None:
 
     with tempfile.TemporaryDirectory() as directory:
         tokenizer.save_pretrained(directory)
-        again = AutoTokenizer.from_pretrained(directory)
+        again = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
     probe = _PROBE + "".join(tokenizer.all_special_tokens)
     problems = []
     if again.chat_template != tokenizer.chat_template:
@@ -212,11 +217,13 @@ def load_tuned(
 
     dtype = getattr(torch, DTYPES[precision])
     if model_dir is not None:
-        arguments = {"dtype": torch.float32, "trust_remote_code": location.trust_remote_code}
+        trust = location.trust_remote_code
+        arguments = {"dtype": torch.float32, "trust_remote_code": trust, "use_safetensors": True}
         return _from_pretrained(location.id, str(model_dir), arguments).to(device).eval()
     base = _load_base(location, dtype=dtype, quantization=quantization, device=device)
     if adapter_dir is not None:
         from peft import PeftModel
 
+        require_plain_adapter(adapter_dir)
         base = PeftModel.from_pretrained(base, str(adapter_dir))
     return (base if quantization is not None else base.to(device)).eval()

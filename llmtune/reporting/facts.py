@@ -85,12 +85,13 @@ class Happening:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FailureNote:
-    """One report in ``failures/``."""
+    """One report in ``failures/``; ``tried`` is what was done before about failures of the run."""
 
     file: str
     kind: str
     cause: str
     remedy: str
+    tried: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -160,6 +160,7 @@ def _failures(run: RunDirectory) -> Iterator[FailureNote]:
             kind=str(document.get("kind", "unknown")),
             cause=str(document.get("cause", "the report cannot be read")),
             remedy=str(document.get("remedy", "")),
+            tried=tuple(str(one) for one in items(document.get("tried"))),
         )
 
 

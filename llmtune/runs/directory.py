@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.errors import OutputError, RunNotFoundError
-from llmtune.runs.documents import encode, write_atomically
+from llmtune.runs.documents import encode, number, write_atomically
 from llmtune.runs.events import EventLog, now
 from llmtune.runs.lock import hold, is_held
 from llmtune.runs.redaction import redact
@@ -211,6 +212,21 @@ class RunDirectory:
         with _explained(self.path):
             write_atomically(self.path / "status.json", encode(document, indent=2), durable=False)
 
+    def end(self, status: str, *, exit_code: int) -> None:
+        """Note how the run ended, in ``run.json`` and ``status.json``, from what its events say."""
+        last: dict[str, Any] = next(reversed(self.steps()), {})
+        saved = [event for event in self.events() if event["event"] == "checkpoint_saved"]
+        self.update_run(status=status, exit_code=exit_code, steps=last.get("step", 0))
+        self.write_status(
+            state=status,
+            step=last.get("step", 0),
+            of=(self.latest_plan() or {}).get("choices", {}).get("updates", {}).get("value"),
+            eta_seconds=0.0 if status == "finished" else None,
+            loss=number(last.get("loss")),
+            last_checkpoint=saved[-1]["path"] if saved else None,
+            exit_code=exit_code,
+        )
+
     def write_environment(self, document: Mapping[str, Any]) -> Path:
         """Write ``environment.json``: versions, hardware, data fingerprint, thread counts."""
         return self.write_json("environment.json", document)
@@ -258,7 +274,15 @@ class RunDirectory:
         return self._log.last_by_step("evaluation")
 
     def write_failure(
-        self, exception: BaseException, *, kind: str, cause: str, evidence: Any = None, remedy: str = ""
+        self,
+        exception: BaseException,
+        *,
+        kind: str,
+        cause: str,
+        evidence: Any = None,
+        remedy: str = "",
+        action: str = "stop",
+        trace: str | None = None,
     ) -> Path:
         """Write a failure report and its traceback into ``failures/``; returns the report.
 
@@ -268,19 +292,22 @@ class RunDirectory:
             cause: One sentence.
             evidence: The facts that speak for the cause, as JSON.
             remedy: What was or can be done.
+            action: What is done now: ``stop``, or ``restart`` where a new process may go on.
+            trace: Where the program was, in place of the traceback of ``exception``.
         """
         folder = self.path / "failures"
         with _explained(self.path):
             folder.mkdir(exist_ok=True)
-            stem = f"{len(list(folder.glob('*.json'))) + 1:04d}-{slug(kind) or 'failure'}"
-            trace = redact("".join(traceback.format_exception(exception)))
-            write_atomically(folder / f"{stem}.txt", trace.encode("utf-8", "backslashreplace"))
+            stem = _free_stem(folder, slug(kind) or "failure")
+            text = redact(trace or "".join(traceback.format_exception(exception)))
+            write_atomically(folder / f"{stem}.txt", text.encode("utf-8", "backslashreplace"))
         document = {
             "time": now(),
             "kind": kind,
             "cause": cause,
             "evidence": evidence,
             "remedy": remedy,
+            "action": action,
             "exception": type(exception).__name__,
             "message": str(exception),
             "traceback": f"{stem}.txt",
@@ -324,6 +351,15 @@ class RunDirectory:
             f"({', '.join(differing)} differs). Choose another --output, or continue the run that is there with "
             f"`llmtune resume {self.path}`."
         )
+
+
+def _free_stem(folder: Path, kind: str) -> str:
+    """``0003-hung``: the next number, taken by making the file of the traceback, since ranks may fail together."""
+    for count in itertools.count(len(list(folder.glob("*.json"))) + 1):
+        with suppress(FileExistsError):
+            (folder / f"{count:04d}-{kind}.txt").touch(exist_ok=False)
+            return f"{count:04d}-{kind}"
+    raise AssertionError("numbers do not end")
 
 
 def is_run(path: Path) -> bool:

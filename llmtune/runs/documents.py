@@ -12,7 +12,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from llmtune.runs.redaction import redactor
+from llmtune.runs.redaction import own_redactor
 
 
 def plain(value: Any, hide: Callable[[str], str]) -> Any:
@@ -43,7 +43,7 @@ def plain(value: Any, hide: Callable[[str], str]) -> Any:
 
 def as_json(document: Any) -> Any:
     """``document`` as JSON types, fit for any JSON writer; dataclasses become objects."""
-    return plain(document, redactor(os.environ))
+    return plain(document, own_redactor())
 
 
 def encode(document: Any, *, indent: int | None = None) -> bytes:

@@ -7,6 +7,7 @@ import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -21,32 +22,43 @@ LOCK_NAME, HOLDER_NAME = ".lock", ".lock.json"
 _PATIENCE_SECONDS = 0.5
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Holder:
+    """Who holds the lock of a run directory, or held it last.
+
+    Attributes:
+        started: When it took the lock, ISO 8601 in UTC.
+    """
+
+    pid: int
+    host: str
+    started: str
+
+
 @contextmanager
 def hold(directory: Path) -> Iterator[None]:
     """Hold the lock of a run directory.
 
-    The operating system drops the lock when its holder dies, however it dies.
+    The operating system drops the lock when its holder dies, however it dies. Who held it last stays written down.
 
     Raises:
         OutputError: A living process holds it, or the directory cannot be written; names which.
     """
     lock = FileLock(directory / LOCK_NAME, timeout=_PATIENCE_SECONDS)
-    holder = directory / HOLDER_NAME
     try:
         lock.acquire()
     except Timeout:
         raise OutputError(
-            f"{directory} is in use: {_describe(holder)} is training into it. Wait until it ends, stop it, or "
+            f"{directory} is in use: {_describe(directory)} is training into it. Wait until it ends, stop it, or "
             "choose another --output."
         ) from None
     except OSError as error:
         raise OutputError(f"cannot lock {directory}: {error}. Choose an --output that you may write to.") from error
     try:
         facts = {"pid": os.getpid(), "host": platform.node(), "started": now()}
-        write_atomically(holder, encode(facts), durable=False)
+        write_atomically(directory / HOLDER_NAME, encode(facts), durable=False)
         yield
     finally:
-        holder.unlink(missing_ok=True)
         lock.release()
 
 
@@ -63,9 +75,15 @@ def is_held(directory: Path) -> bool:
     return False
 
 
-def _describe(holder: Path) -> str:
+def last_holder(directory: Path) -> Holder | None:
+    """Who took the lock of a run directory last, dead or alive; None where nobody has."""
     try:
-        facts = json.loads(holder.read_bytes())
-        return f"process {facts['pid']} on {facts['host']}, since {facts['started']},"
-    except (OSError, ValueError, KeyError):
-        return "another process"
+        facts = json.loads((directory / HOLDER_NAME).read_bytes())
+        return Holder(pid=int(facts["pid"]), host=str(facts["host"]), started=str(facts["started"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _describe(directory: Path) -> str:
+    holder = last_holder(directory)
+    return "another process" if holder is None else f"process {holder.pid} on {holder.host}, since {holder.started},"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,11 @@ from transformers.trainer_callback import ExportableState
 from llmtune.checkpoints import retain
 from llmtune.console import speaker
 from llmtune.errors import Preempted
+from llmtune.hardware.processes import is_supervised
 from llmtune.runs import RunDirectory
+
+# A scheduler signals every process of a job: the parent that restarts this one, which passes it on, and this one too.
+ECHO_SECONDS = 1.0
 
 
 class StopSignal:
@@ -25,6 +30,7 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.received: str | None = None
+        self._received_at = 0.0
 
     def __call__(self) -> bool:
         """Whether a signal has come."""
@@ -45,28 +51,53 @@ class StopSignal:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
+            if is_supervised() and time.monotonic() - self._received_at < ECHO_SECONDS:
+                return
             os._exit(Preempted.exit_code)
-        self.received = signal.Signals(number).name
+        self.received, self._received_at = signal.Signals(number).name, time.monotonic()
         os.write(2, b"\nstopping after this step and saving; once more to stop at once\n")
 
 
 class PreemptionGuard(TrainerCallback):
-    """Saves and stops at the end of the step in which the ranks agreed to stop."""
+    """Saves and stops at the end of the step, the evaluation or the save in which a signal came.
 
-    def __init__(self, stop_agreed: Callable[[], bool]) -> None:
-        self._stop_agreed = stop_agreed
+    Args:
+        asked: Whether to stop. Among several ranks: whether they have agreed to, which they do once per update.
+    """
+
+    def __init__(self, asked: Callable[[], bool]) -> None:
+        self._asked = asked
+        self.stopped = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask the Trainer to save and stop."""
-        if self._stop_agreed() and state.global_step < state.max_steps:
-            control.should_save = True
-            control.should_training_stop = True
+        self._stop(state, control)
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The same: the save comes after the evaluation, so that no further update is needed.
+
+        Raises:
+            Preempted: It was the evaluation of the base model, so that there is nothing to save.
+        """
+        if state.global_step == 0 and self._asked():
+            raise Preempted("stopped by a signal before the first update")
+        self._stop(state, control)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """The step is saved already: only stop."""
+        self._stop(state, control, saves=False)
+
+    def _stop(self, state: TrainerState, control: TrainerControl, *, saves: bool = True) -> None:
+        if self._asked() and state.global_step < state.max_steps:
+            control.should_save = control.should_save or saves
+            control.should_training_stop = self.stopped = True
 
 
 class EarlyStopping(TrainerCallback, ExportableState):
     """Stops when ``metric`` has not improved by more than ``min_delta`` in ``patience`` evaluations.
 
-    Its state is part of every checkpoint, so that a resumed run stops where an uninterrupted one would.
+    Its state is part of every checkpoint and brought back from there, so that a resumed run stops where one that was
+    never interrupted does.
     """
 
     def __init__(
@@ -83,17 +114,14 @@ class EarlyStopping(TrainerCallback, ExportableState):
         self.best: float | None = None
         self.bad_evaluations = 0
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it has waited long enough."""
+        return self.bad_evaluations >= self._patience
+
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
         return {"args": {}, "attributes": {"best": self.best, "bad_evaluations": self.bad_evaluations}}
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Continue from what the checkpoint kept, if this run goes on from one."""
-        if state.global_step > 0:
-            kept = state.stateful_callbacks[type(self).__name__]["attributes"]
-            self.best, self.bad_evaluations = kept["best"], kept["bad_evaluations"]
 
     def on_evaluate(
         self,
@@ -110,14 +138,17 @@ class EarlyStopping(TrainerCallback, ExportableState):
             self.best, self.bad_evaluations = value, 0
             return
         self.bad_evaluations += 1
-        if self.bad_evaluations >= self._patience:
+        if self.is_over:
             reason = f"{self._metric} has not improved on {self.best:.4f} in {self._patience} evaluations"
             control.should_training_stop = True
             self._on_stop(state.global_step, reason)
 
 
 class CheckpointCleanup(TrainerCallback):
-    """Deletes old checkpoints after each commit: the newest ones, the best and the newest healthy one stay."""
+    """Deletes old checkpoints after each commit: the newest ones, the best and the newest healthy one stay.
+
+    One that does not verify is put aside, and said so.
+    """
 
     def __init__(self, run: RunDirectory, keep: int) -> None:
         self._run, self._keep = run, keep
@@ -127,7 +158,11 @@ class CheckpointCleanup(TrainerCallback):
         if not state.is_world_process_zero:
             return
         best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
-        for step in retain(self._run.checkpoints, keep=self._keep, best=best):
+        done = retain(self._run.checkpoints, keep=self._keep, best=best)
+        for info in done.rejected:
+            self._run.event("checkpoint_rejected", info.step, path=info.path.name, reason=info.reason)
+            speaker.warn(f"{info.path.name} is put aside: {info.reason}")
+        for step in done.deleted:
             self._run.event("checkpoint_deleted", state.global_step, deleted_step=step)
 
 

@@ -1,7 +1,10 @@
-"""How much memory this process uses, at most has used, and whether an error says that there was too little."""
+"""How much memory this process uses and at most has used."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -9,18 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmtune.training.recovery import is_out_of_memory
+
 if TYPE_CHECKING:
     import torch
 
 SAMPLE_SECONDS = 0.002
-_OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memory")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory ran out, on whatever device."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_MEMORY)
+PAGE_BYTES = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 
 class MemoryMeter:
@@ -43,7 +41,7 @@ class MemoryMeter:
             import torch
 
             return int(torch.mps.driver_allocated_memory())
-        return _resident()
+        return resident_bytes()
 
     def peak(self) -> int:
         """Most bytes taken since `restart`."""
@@ -53,7 +51,7 @@ class MemoryMeter:
             return self.used()
         if self._sampled is not None:
             return self._sampled
-        return _high_water() or _lifetime_peak()
+        return _mark.peak()
 
     def used_by_tensors(self) -> int:
         """Bytes of tensors now; on a CPU, where nobody tells them apart, of everything."""
@@ -74,7 +72,7 @@ class MemoryMeter:
             self._allocator().reset_peak_memory_stats(self._device)
         elif self._device.type == "cpu":
             self._sampled = None
-            _reset_high_water()
+            _mark.restart()
 
     @contextmanager
     def counting(self) -> Iterator[None]:
@@ -83,15 +81,15 @@ class MemoryMeter:
         It is sampled where the system keeps no peak that can be reset.
         """
         self.restart()
-        if self._device.type != "cpu" or _reset_high_water():
+        if self._device.type != "cpu" or _mark.restart():
             yield
             return
         done = threading.Event()
-        self._sampled = _resident()
+        self._sampled = resident_bytes()
 
         def sample() -> None:
             while not done.wait(SAMPLE_SECONDS):
-                self._sampled = max(self._sampled or 0, _resident())
+                self._sampled = max(self._sampled or 0, resident_bytes())
 
         watch = threading.Thread(target=sample, daemon=True)
         watch.start()
@@ -107,10 +105,68 @@ class MemoryMeter:
         return getattr(torch, self._device.type)
 
 
-def _resident() -> int:
-    import psutil
+def resident_bytes() -> int:
+    """Bytes of this process that are in memory now; about 15 microseconds where there is a /proc (an estimate)."""
+    try:
+        with open("/proc/self/statm", "rb", buffering=0) as file:
+            return int(file.read().split()[1]) * PAGE_BYTES
+    except OSError:
+        import psutil
 
-    return int(psutil.Process().memory_info().rss)
+        return int(psutil.Process().memory_info().rss)
+
+
+def peak_since_last_asked() -> int | None:
+    """Most bytes resident since this was last asked, or since a `MemoryMeter` began to count; None where not known.
+
+    Peaks that a `MemoryMeter` counts do not change by it.
+    """
+    return _mark.lap()
+
+
+def free_caches(device: torch.device) -> None:
+    """Let go of what only cycles of dead objects hold, and give back to the system what allocators keep for later."""
+    gc.collect()
+    if device.type == "cpu":
+        trim_heap()
+    else:
+        import torch
+
+        getattr(torch, device.type).empty_cache()
+
+
+def trim_heap() -> None:
+    """Give the unused pages of the C library's heap back to the system; only glibc has a way to."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
+class _Mark:
+    """The kernel's high water mark of this process, which several may count from without losing each other's peaks."""
+
+    def __init__(self) -> None:
+        self._before = 0  # the most before the mark was last reset by a lap
+
+    def restart(self) -> bool:
+        """Count from here; whether the system can."""
+        self._before = 0
+        return _reset_high_water()
+
+    def peak(self) -> int:
+        """Most bytes since `restart`."""
+        return max(self._before, _high_water() or _lifetime_peak())
+
+    def lap(self) -> int | None:
+        """Most bytes since the last lap or restart; None where the mark cannot be reset."""
+        peak = _high_water()
+        if peak is None or not _reset_high_water():
+            return None
+        self._before = max(self._before, peak)
+        return peak
+
+
+_mark = _Mark()
 
 
 def _high_water() -> int | None:
@@ -136,3 +192,6 @@ def _lifetime_peak() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+__all__ = ["MemoryMeter", "free_caches", "is_out_of_memory", "peak_since_last_asked", "resident_bytes", "trim_heap"]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import itertools
 import math
-import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from llmtune.planning.measurement import Measurement, Pass
 from llmtune.planning.replan import budget_after, formula_of, replan
 from llmtune.training.meter import MemoryMeter, is_out_of_memory
 from llmtune.training.rehearsal import Rehearsed, rehearse
+from llmtune.training.shortage import random_states
 from llmtune.training.trainer import UpdateTrainer
 from llmtune.training.updates import UpdateLoader
 from llmtune.units import format_bytes, format_seconds
@@ -64,6 +64,8 @@ class BeforeFirstUpdate(TrainerCallback):
             else:
                 rehearsed = Rehearsed.nothing()
         plan = _agreed_plan(job, self._request, probed, rehearsed)
+        if trainer.recoveries is not None:
+            trainer.recoveries.plan = plan
         self._meter.restart()
         if job.ranks.is_main:
             path = job.run.add_plan(plan.to_json())
@@ -84,16 +86,11 @@ def untouched(model: torch.nn.Module) -> Iterator[None]:
         (m, {k: v for k, v in vars(m).items() if v is None or isinstance(v, bool | int | float | str)})
         for m in model.modules()
     ]
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    restore_random_states = random_states(next(model.parameters()).device)
     try:
         yield
     finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if cuda:
-            torch.cuda.set_rng_state_all(cuda)
+        restore_random_states()
         for module, name, buffer, content in buffers:
             buffer.copy_(content)
             module._buffers[name] = buffer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from llmtune.checkpoints import newest_verified, replace_directory, step_of, sweep_leftovers
+from llmtune.checkpoints import newest_verified, replace_directory, sweep_leftovers
 from llmtune.checkpoints.listing import CheckpointInfo
 from llmtune.config import RunConfig
 from llmtune.console import speaker
@@ -21,6 +22,8 @@ from llmtune.evaluation import Metric, Prompt, answer, as_base, prompts_of
 from llmtune.planning import Plan, PlanRequest
 from llmtune.runs import RunDirectory
 from llmtune.training.arguments import greater_is_better, metric_key, training_arguments
+from llmtune.training.continuity import Continuity, Cursor, find_best, has_ended
+from llmtune.training.divergence import DivergenceGuard
 from llmtune.training.guards import (
     CheckpointCleanup,
     EarlyStopping,
@@ -29,9 +32,15 @@ from llmtune.training.guards import (
     early_stop_notice,
 )
 from llmtune.training.meter import MemoryMeter
+from llmtune.training.numerics import NumberGuard
 from llmtune.training.probe import BeforeFirstUpdate
 from llmtune.training.ranks import Ranks
+from llmtune.training.rewind import go_back, skipped_so_far
+from llmtune.training.rollback import RollBack
+from llmtune.training.saving import unreadable
+from llmtune.training.shortage import Recoveries
 from llmtune.training.trainer import LoopSettings, UpdateTrainer
+from llmtune.training.watchdog import Watchdog
 from llmtune.training.watchers import EventLog, ProgressDisplay, Watcher
 
 
@@ -89,18 +98,20 @@ def run_training(job: TrainingJob, resume_from: Path | None) -> TrainingOutcome:
         require_own_positions(job.model.config, int(job.train_data.lengths.max()))
     stop = StopSignal()
     trainer = _trainer(job, stop, resumes=resume_from is not None)
+    guard = PreemptionGuard(stop if job.ranks.size == 1 else lambda: trainer.stop_agreed)
+    watchdog = Watchdog(job.run, seconds=job.config.recover.hang_seconds, rank=job.ranks.rank)
+    _add_guards(job, trainer, guard, watchdog)
+    _add_watchers(job, trainer)
+    for callback in job.callbacks:
+        trainer.add_callback(callback)
     evaluates = job.eval_data is not None
     prompts = prompts_of(job.eval_data, job.tokenizer, job.config.evaluate.num_samples) if job.eval_data else []
     base_answers = _base_answers(job, prompts, trainer.args.device)
-    if resume_from is not None and step_of(resume_from) >= job.plan.updates.value:
-        trainer.take_up(resume_from)
-    else:
-        with stop.listening():
-            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-    if trainer.stop_agreed and trainer.state.global_step < trainer.state.max_steps:
-        raise Preempted(
-            f"stopped by {stop.received or 'a signal to another rank'} after step {trainer.state.global_step}"
-        )
+    with stop.listening(), watchdog:
+        _train(job, trainer, resume_from)
+    if guard.stopped and trainer.state.global_step < trainer.state.max_steps:
+        reason = f"stopped by {stop.received or 'a signal to another rank'} after step {trainer.state.global_step}"
+        raise Preempted(reason)
     best = trainer.restore_best() if evaluates else None
     metrics = {"train_loss": _mean_loss(trainer.state.log_history)}
     if evaluates:
@@ -108,6 +119,23 @@ def run_training(job: TrainingJob, resume_from: Path | None) -> TrainingOutcome:
     _tell_samples(job, prompts, base_answers, trainer, best)
     _save_final(job, trainer)
     return TrainingOutcome(steps=trainer.state.global_step, metrics=metrics, best_step=best)
+
+
+def _train(job: TrainingJob, trainer: UpdateTrainer, start: Path | None) -> None:
+    """The loop around the loop: a run that is rolled back goes on in this process, from where that led."""
+    updates, patience = job.plan.updates.value, job.plan.patience.value
+    trainer.skipped |= job.ranks.from_main(skipped_so_far(job.run) if job.ranks.is_main else set())
+    while True:
+        if start is not None and has_ended(start, updates=updates, patience=patience):
+            trainer.take_up(start)
+            find_best(trainer.state, job.run.checkpoints)
+            speaker.say(f"after {start.name} nothing is left to do")
+            return
+        try:
+            trainer.train(resume_from_checkpoint=str(start) if start else None)
+            return
+        except RollBack as back:
+            start = go_back(job, trainer, back)
 
 
 def require_own_positions(config: Any, longest: int) -> None:
@@ -138,7 +166,7 @@ def find_checkpoint(run: RunDirectory) -> Path | None:
         speaker.warn(f"{info.path.name} is not used: {info.reason}")
 
     sweep_leftovers(run.checkpoints)
-    return newest_verified(run.checkpoints, rejected)
+    return newest_verified(run.checkpoints, rejected, unreadable)
 
 
 def _trainer(job: TrainingJob, stop: StopSignal, *, resumes: bool) -> UpdateTrainer:
@@ -154,6 +182,10 @@ def _trainer(job: TrainingJob, stop: StopSignal, *, resumes: bool) -> UpdateTrai
         checkpoint_facts=job.checkpoint_facts,
         evaluate=_user_metrics(job) if job.metrics and evaluates else None,
         stop_requested=stop,
+        recoveries=Recoveries(run, plan, writes=job.ranks.is_main),
+        memory_guard=config.recover.memory_guard,
+        asynchronous=config.save.asynchronous,
+        compress_optimizer=config.save.compress_optimizer,
     )
     arguments = training_arguments(plan, config, checkpoints=run.checkpoints, evaluates=evaluates, resumes=resumes)
     trainer = UpdateTrainer(
@@ -166,17 +198,33 @@ def _trainer(job: TrainingJob, stop: StopSignal, *, resumes: bool) -> UpdateTrai
         settings=settings,
         ranks=job.ranks,
     )
-    meter = MemoryMeter(trainer.args.device, plan.memory.terms.get("context", 0))
-    if job.request is not None and trainer.is_deepspeed_enabled:
-        speaker.say("probe: none under DeepSpeed, whose engine keeps the gradients of a pass")
-    elif job.request is not None:
-        trainer.add_first_callback(BeforeFirstUpdate(job, trainer, job.request, meter))
-    if job.ranks.is_main:
-        events = EventLog(run, trainer, meter.peak_of_tensors)
-        trainer.add_callback(Watcher(events, ProgressDisplay(meter.peak_of_tensors)))
-        trainer.add_callback(CheckpointCleanup(run, plan.keep_checkpoints.value))
-    trainer.add_callback(PreemptionGuard(lambda: trainer.stop_agreed))
-    if evaluates and plan.patience.value is not None:
+    return trainer
+
+
+def _add_guards(job: TrainingJob, trainer: UpdateTrainer, guard: PreemptionGuard, watchdog: Watchdog) -> None:
+    """Those that restore, refuse, decide or stop; what a checkpoint keeps is brought back before any other is told."""
+    plan, config, run = job.plan, job.config, job.run
+    trainer.add_first_callback(
+        Continuity(
+            cursor=lambda updates: Cursor.after(
+                updates,
+                parts=job.train_data.parts,
+                seed=trainer.args.seed,
+                global_batch_size=plan.global_batch_size.value,
+            ),
+            callbacks=lambda: trainer.callback_handler.callbacks,
+            control=lambda: trainer.control,
+            preempted=lambda: guard.stopped,
+        )
+    )
+    trainer.numbers = NumberGuard(trainer=trainer, run=run, ranks=job.ranks, plan=plan, recover=config.recover)
+    trainer.add_callback(trainer.numbers)
+    trainer.add_callback(watchdog)
+    trainer.add_callback(guard)
+    if job.eval_data is None:
+        return
+    trainer.add_callback(DivergenceGuard(trainer.numbers))
+    if plan.patience.value is not None:
         trainer.add_callback(
             EarlyStopping(
                 metric=metric_key(config),
@@ -186,9 +234,19 @@ def _trainer(job: TrainingJob, stop: StopSignal, *, resumes: bool) -> UpdateTrai
                 on_stop=early_stop_notice(run) if job.ranks.is_main else lambda step, reason: None,
             )
         )
-    for callback in job.callbacks:
-        trainer.add_callback(callback)
-    return trainer
+
+
+def _add_watchers(job: TrainingJob, trainer: UpdateTrainer) -> None:
+    """The probe of a new run, the account, and what clears away old checkpoints once that has told of the new one."""
+    meter = MemoryMeter(trainer.args.device, job.plan.memory.terms.get("context", 0))
+    if job.request is not None and trainer.is_deepspeed_enabled:
+        speaker.say("probe: none under DeepSpeed, whose engine keeps the gradients of a pass")
+    elif job.request is not None:
+        trainer.add_first_callback(BeforeFirstUpdate(job, trainer, job.request, meter))
+    if job.ranks.is_main:
+        events = EventLog(job.run, trainer, meter.peak_of_tensors)
+        trainer.add_callback(Watcher(events, ProgressDisplay(meter.peak_of_tensors)))
+        trainer.add_callback(CheckpointCleanup(job.run, job.plan.keep_checkpoints.value))
 
 
 def _user_metrics(job: TrainingJob) -> Callable[[torch.nn.Module], dict[str, float]]:
@@ -235,9 +293,9 @@ def _tell_samples(
 
 
 def _mean_loss(history: list[dict[str, Any]]) -> float:
-    """Mean loss over all updates of the run, those before an interruption included."""
-    losses = [entry["loss"] for entry in history if "loss" in entry]
-    return float(sum(losses) / len(losses))
+    """Mean loss over all updates of the run that counted, those before an interruption included."""
+    losses = [entry["loss"] for entry in history if math.isfinite(entry.get("loss", math.nan))]
+    return float(sum(losses) / len(losses)) if losses else math.nan
 
 
 def _final_metrics(history: list[dict[str, Any]], best: int | None) -> dict[str, float]:

@@ -11,7 +11,8 @@ What happens, in order::
         on_step_end     watchers note, guards may stop (signal, early stopping)
         log             one line per update, with token counts
         evaluate        token-weighted loss and perplexity, the user's metrics; a new best is always saved
-        save            staged by the Trainer, committed by us, old ones cleaned up by a callback
+        save            staged by the Trainer, or copied and written behind; committed by ``saving``; old ones are
+                        cleaned up by a callback
     train ends        the best checkpoint's weights are restored
 
 ``gradient_accumulation_steps`` stays 1: accumulation, token weighting and ``no_sync`` live in ``training_step``.
@@ -20,24 +21,38 @@ What happens, in order::
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
-import shutil
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
 
-from llmtune.checkpoints import commit, step_of
-from llmtune.checkpoints.commit import staging_root
-from llmtune.data import EncodedDataset
+from llmtune.checkpoints import best_of, list_checkpoints, step_of, verify
+from llmtune.checkpoints.compression import COMPRESSED, expanded
+from llmtune.console import speaker
+from llmtune.data import EncodedDataset, epoch_order
+from llmtune.errors import CheckpointError
 from llmtune.evaluation import Scores, score
+from llmtune.training.continuity import Cursor, exported
+from llmtune.training.memory_guard import MemoryGuard, guards
+from llmtune.training.meter import free_caches, is_out_of_memory
 from llmtune.training.ranks import Ranks
+from llmtune.training.saved_facts import manifest_facts
+from llmtune.training.saving import CheckpointSaver, unreadable
+from llmtune.training.shortage import Recoveries, Replays
+from llmtune.training.snapshot import Snapshot, state_bytes
 from llmtune.training.updates import Update, UpdateCollator, UpdateLoader, UpdateSampler
+
+if TYPE_CHECKING:
+    from llmtune.training.numerics import NumberGuard
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +79,10 @@ class LoopSettings:
         checkpoint_facts: Identity of the run, written to every manifest.
         evaluate: Computes the user's metrics on the model; None when there are none.
         stop_requested: Whether this process was asked to stop; ranks agree on it once per update.
+        recoveries: Decides what is done when memory runs out; None ends the run with the error.
+        memory_guard: Whether passes on a CPU are guarded against the kernel.
+        asynchronous: Whether checkpoints are written in the background, from a copy in host memory.
+        compress_optimizer: Whether they keep the optimizer's state compressed.
     """
 
     global_batch_size: int
@@ -75,6 +94,10 @@ class LoopSettings:
     checkpoint_facts: Mapping[str, Any]
     evaluate: Callable[[torch.nn.Module], dict[str, float]] | None
     stop_requested: Callable[[], bool]
+    recoveries: Recoveries | None = None
+    memory_guard: bool = True
+    asynchronous: bool = False
+    compress_optimizer: bool = False
 
 
 class UpdateTrainer(Trainer):
@@ -104,11 +127,25 @@ class UpdateTrainer(Trainer):
         self._settings, self._ranks = settings, ranks
         self._committed_to = Path(args.output_dir)
         self._staging: Path | None = None
+        self._saver = CheckpointSaver(self._committed_to, ranks, compress=settings.compress_optimizer)
+        if settings.asynchronous and ranks.size > 1:
+            speaker.warn(
+                "save.asynchronous: several processes train together, so checkpoints are written in the foreground"
+            )
+        self._save_due = False  # by an evaluation or a callback, and to be written in the background
+        self._saved_step: int | None = None
         self.control: TrainerControl
         self.last_update: StepFacts | None = None
+        self.recoveries = settings.recoveries
+        self._replays = Replays(self, ranks=ranks, data=train_data)
+        self._guard = MemoryGuard(model) if settings.memory_guard and guards(args.device) else None
+        self._evaluation_budget: int | None = None  # where it is not that of updates
+        self.skipped: set[int] = set()  # updates, counted from 0, whose rows are not learned from
+        self.numbers: NumberGuard | None = None
         self.stop_agreed = False
         self.evaluation_seconds = 0.0  # of the latest one
         self.save_seconds = 0.0  # of the latest one
+        self.save_blocking_seconds = 0.0  # how long training stood still for it
         super().__init__(
             model=model,
             args=args,
@@ -160,8 +197,10 @@ class UpdateTrainer(Trainer):
             pass_overhead_tokens=settings.pass_overhead_tokens,
         )
 
-    def set_token_budget(self, token_budget: int) -> None:
-        """Cut all updates and evaluations to come for this budget; which rows an update has stays as it is."""
+    def set_token_budget(self, token_budget: int, *, evaluation: bool = True) -> None:
+        """Cut all updates to come for this budget, and evaluations; which rows an update has stays as it is."""
+        if not evaluation:
+            self._evaluation_budget = self._evaluation_budget or self._settings.token_budget
         self._settings = replace(self._settings, token_budget=token_budget)
         loader = self.callback_handler.train_dataloader
         if loader is not None:
@@ -187,15 +226,17 @@ class UpdateTrainer(Trainer):
 
         Returns:
             This rank's part of that mean times the number of ranks, so that the mean over ranks is the loss.
+
+        Raises:
+            RecoveryExhausted: Memory does not hold one row alone.
+            TrainingError: Memory ran out where the model is spread over the ranks.
         """
         model.train()
         facts = self._agree(inputs)
-        scale = self._ranks.size / max(facts.num_supervised_tokens, 1)
-        total = torch.zeros((), device=self.args.device)
-        last = len(inputs.micro_batches) - 1
-        for number, batch in enumerate(inputs.micro_batches):
-            total += self.forward_and_backward(model, batch, scale, reduces=number == last)
-        return total
+        if self.state.global_step in self.skipped:
+            model.zero_grad()
+            return torch.zeros((), device=self.args.device)
+        return self._replays.run(model, inputs, self._ranks.size / max(facts.num_supervised_tokens, 1))
 
     def forward_and_backward(
         self, model: torch.nn.Module, batch: dict[str, torch.Tensor], scale: float, *, reduces: bool
@@ -210,7 +251,8 @@ class UpdateTrainer(Trainer):
         """
         # DeepSpeed steps when gradients are marked as complete; DDP reduces outside no_sync.
         self.accelerator.gradient_state._set_sync_gradients(reduces)
-        with contextlib.nullcontext() if reduces else self.accelerator.no_sync(model):
+        guarded = contextlib.nullcontext() if self._guard is None else self._guard.passing(batch["input_ids"].numel())
+        with contextlib.nullcontext() if reduces else self.accelerator.no_sync(model), guarded:
             loss = model(**self._prepare_inputs(batch), num_items_in_batch=1).loss * scale
             self.accelerator.backward(loss)
         summed: torch.Tensor = loss.detach().float()
@@ -235,8 +277,22 @@ class UpdateTrainer(Trainer):
         )
         return self.last_update
 
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        """The norm before clipping; what is not finite never reaches the optimizer."""
+        upstream = super()._clip_grad_norm
+        return upstream(model) if self.numbers is None else self.numbers.clip(model, upstream)
+
+    def rows_of(self, step: int) -> list[int]:
+        """Row numbers, in the training data, of the update after ``step`` others, over all ranks."""
+        batch = self._settings.global_batch_size
+        epoch, number = divmod(step, len(self.sampler()))
+        order = epoch_order(self._train_data.parts, self.args.seed, epoch)
+        return [int(row) for row in order[number * batch : (number + 1) * batch]]
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the token counts of the update to its log line."""
+        if not math.isfinite(logs.get("loss", 0.0)):
+            self._tr_loss.zero_()  # the Trainer subtracts it from itself, which leaves NaN in every later loss
         if "loss" in logs and self.last_update is not None:
             logs["num_tokens"] = self.last_update.num_tokens
             logs["num_supervised_tokens"] = self.last_update.num_supervised_tokens
@@ -270,18 +326,36 @@ class UpdateTrainer(Trainer):
         return metrics
 
     def score(self, data: EncodedDataset) -> Scores:
-        """Loss on ``data``, each rank scoring its share."""
-        part = score(
-            self.model_wrapped if self.is_fsdp_enabled or self.is_deepspeed_enabled else self.model,
-            data,
-            pad_token_id=self.processing_class.pad_token_id,
-            token_budget=self._settings.token_budget,
-            pad_multiple=self._settings.pad_multiple,
-            device=self.args.device,
-            rank=self._ranks.rank,
-            num_ranks=self._ranks.size,
-        )
-        return self._add_up(part)
+        """Loss on ``data``, each rank scoring its share; in smaller passes from then on if memory runs out.
+
+        Raises:
+            RecoveryExhausted: Memory does not hold one row alone.
+        """
+        while True:
+            budget = self._evaluation_budget or self._settings.token_budget
+            try:
+                part = self._score(data, budget)
+            except Exception as error:
+                if self.recoveries is None or self._ranks.is_sharded or not is_out_of_memory(error):
+                    raise
+                failed = str(error)
+            else:
+                return self._add_up(part)
+            free_caches(self.args.device)
+            self._evaluation_budget = self._replays.smaller_evaluation(failed, data, budget)
+
+    def _score(self, data: EncodedDataset, token_budget: int) -> Scores:
+        with contextlib.nullcontext() if self._guard is None else self._guard.watching():
+            return score(
+                self.model_wrapped if self.is_fsdp_enabled or self.is_deepspeed_enabled else self.model,
+                data,
+                pad_token_id=self.processing_class.pad_token_id,
+                token_budget=token_budget,
+                pad_multiple=self._settings.pad_multiple,
+                device=self.args.device,
+                rank=self._ranks.rank,
+                num_ranks=self._ranks.size,
+            )
 
     def _add_up(self, part: Scores) -> Scores:
         if self._ranks.size == 1:
@@ -290,77 +364,190 @@ class UpdateTrainer(Trainer):
         loss_sum, tokens = self.accelerator.gather(sums).sum(dim=0).tolist()
         return Scores(loss_sum=loss_sum, num_tokens=int(tokens))
 
+    # ------------------------------------------------------------------ saving and restoring
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """The same loop; a save in flight is finished before an error leaves it.
+
+        Raises:
+            CheckpointError: This version of transformers cannot read the state in the checkpoint.
+        """
+        if resume_from_checkpoint and (objection := unreadable(Path(resume_from_checkpoint))):
+            raise CheckpointError(f"{resume_from_checkpoint} is not used: {objection}")
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except BaseException:
+            try:
+                self._tell_saved(wait=True)
+            except Exception as error:  # what ended training counts; that the save failed too is said
+                speaker.warn(f"the save in flight failed too: {error}")
+            raise
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._tell_saved(wait=True)
+        return super()._finalize_training(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(
+        self, tr_loss: torch.Tensor, grad_norm: Any, model: torch.nn.Module, trial: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        self._tell_saved(wait=False)
+        self._saved_step = None
+        behind = self._goes_behind()
+        if behind:  # the Trainer would tell of the save before it is committed
+            self._save_due, self.control.should_save = self.control.should_save, False
+        super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, *args, **kwargs)
+        if behind and self._save_due and self._saved_step != self.state.global_step:
+            self._save_behind()
+        self._save_due = False
+
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         is_best = bool(super()._determine_best_metric(metrics, trial))
-        if is_best:  # a best step that is not saved cannot be gone back to
+        if is_best and self._goes_behind():
+            self._save_due = True
+        elif is_best:  # a best step that is not saved cannot be gone back to
             self.control.should_save = True
         return is_best
 
-    # ------------------------------------------------------------------ saving and restoring
+    def _goes_behind(self) -> bool:
+        """Whether a save due now is written in the background; the last one before a stop is not."""
+        return self._settings.asynchronous and self._saver.can_go_behind and not self.control.should_training_stop
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or self._committed_to)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """In the foreground: staged by the Trainer, committed by us; on disk when this returns."""
+        self._tell_saved(wait=True)
         began, step = time.perf_counter(), self.state.global_step
-        name = f"checkpoint-{step}"
-        final = self._committed_to / name
-        with self._stage(step) as staging:
-            super()._save_checkpoint(model, trial)
-            if self.state.best_global_step == step:
-                self.state.best_model_checkpoint = str(final)
-            self._ranks.wait()
-            if self._ranks.is_main:
-                _point_to_committed(staging / name, self.state.best_model_checkpoint)
-                commit(staging / name, final, self._manifest_facts())
-            self._ranks.wait()
-        self.save_seconds = time.perf_counter() - began
+        save = super()._save_checkpoint
 
-    @contextlib.contextmanager
-    def _stage(self, step: int) -> Iterator[Path]:
-        self._staging = self._ranks.from_main(staging_root(self._committed_to, step))
-        try:
-            yield self._staging
-        finally:
-            if self._ranks.is_main:
-                shutil.rmtree(self._staging, ignore_errors=True)
-            self._staging = None
+        def write(root: Path) -> None:
+            for name, kept in self.state.stateful_callbacks.items():
+                if isinstance(kept, list):  # the Trainer adds to it, and a resume would take the oldest
+                    self.state.stateful_callbacks[name] = []
+            self._staging = root
+            try:
+                save(model, trial)
+            finally:
+                self._staging = None
+                self._note_best()
+            if self.args.should_save:
+                _point_to_committed(root / f"checkpoint-{step}", self.state.best_model_checkpoint)
+
+        self._saver.best = self.state.best_model_checkpoint
+        needed = state_bytes(self.model, self.optimizer)
+        self._saver.save(step, write, self._manifest_facts, needed_bytes=needed)
+        self._saved_step = step
+        self.save_seconds = self.save_blocking_seconds = time.perf_counter() - began
+
+    def _save_behind(self) -> None:
+        self._tell_saved(wait=True)
+        began = time.perf_counter()
+        self.store_flos()
+        self._saver.best = self.state.best_model_checkpoint
+        self._note_best()
+        snapshot = Snapshot.take(
+            model=self.model,
+            optimizer=self.optimizer,
+            scheduler=self.lr_scheduler,
+            scaler=getattr(self.accelerator, "scaler", None),
+            state=self._state_now(),
+        )
+        needed = state_bytes(self.model, self.optimizer)
+        self._saver.save_behind(snapshot, self._manifest_facts(), needed_bytes=needed)
+        self._saved_step = self.state.global_step
+        self.save_blocking_seconds = time.perf_counter() - began
+
+    def _tell_saved(self, *, wait: bool) -> None:
+        """Tell callbacks of the save that was committed in the background, with the Trainer's state as it was then."""
+        saved = self._saver.collect(wait=wait)
+        if saved is None:
+            return
+        self.save_seconds = saved.seconds
+        due = self.control.should_save
+        self.control = self.callback_handler.on_save(self.args, saved.state, self.control)
+        self.control.should_save = due or self.control.should_save
+
+    def _state_now(self) -> TrainerState:
+        """A copy of the Trainer's state as a save in the foreground would write it."""
+        state: TrainerState = copy.copy(self.state)
+        state.log_history = list(self.state.log_history)
+        due, self.control.should_save = self.control.should_save, True
+        callbacks = [one for one in self.callback_handler.callbacks if isinstance(one, ExportableState)]
+        state.stateful_callbacks = copy.deepcopy(exported([*callbacks, self.control]))
+        self.control.should_save = due
+        return state
+
+    def _note_best(self) -> None:
+        if self.state.best_global_step and self.state.best_global_step == self.state.global_step:
+            self.state.best_model_checkpoint = str(self._committed_to / f"checkpoint-{self.state.global_step}")
 
     def _manifest_facts(self) -> dict[str, Any]:
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        latest: dict[str, Any] = next((entry for entry in reversed(self.state.log_history) if "eval_loss" in entry), {})
-        current = latest if latest.get("step") == self.state.global_step else {}
-        return {
-            "step": self.state.global_step,
-            "metrics": {key: value for key, value in current.items() if key.startswith("eval_")},
-            "finite_weights": all(bool(torch.isfinite(p.detach()).all()) for p in trained),
-            "num_ranks": self._ranks.size,
-            **self._settings.checkpoint_facts,
-        }
+        step, batch = self.state.global_step, self._settings.global_batch_size
+        facts = manifest_facts(
+            model=self.model,
+            state=self.state,
+            args=self.args,
+            cursor=Cursor.after(step, parts=self._train_data.parts, seed=self.args.seed, global_batch_size=batch),
+            open_incident=self.numbers is not None and self.numbers.is_open(step),
+            num_ranks=self._ranks.size,
+        )
+        return facts | dict(self._settings.checkpoint_facts)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not (Path(checkpoint) / COMPRESSED).is_file():
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        with expanded(Path(checkpoint), beside=[SCHEDULER_NAME]) as whole:
+            super()._load_optimizer_and_scheduler(str(whole))
 
     def take_up(self, checkpoint: Path) -> None:
         """Load weights and history of a checkpoint without training on.
 
         For a run that was stopped after its last update: ``train`` would make one update too many.
+
+        Raises:
+            CheckpointError: This version of transformers cannot read the state in the checkpoint.
         """
+        if objection := unreadable(checkpoint):
+            raise CheckpointError(f"{checkpoint} is not used: {objection}")
         self._load_from_checkpoint(str(checkpoint))
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
 
     def restore_best(self) -> int | None:
-        """Load the best checkpoint's weights unless they are the present ones; returns its step, if there is one."""
-        best = self.state.best_model_checkpoint
-        if best is None:
+        """Load the best checkpoint's weights unless they are the present ones; returns its step, if there is one.
+
+        It is verified first. One that has been damaged meanwhile is not loaded: the best of those that verify is.
+        """
+        if self.state.best_model_checkpoint is None:
             return None
-        step = step_of(Path(best))
-        if step != self.state.global_step:
-            self._load_from_checkpoint(best, self.model_wrapped if self.is_fsdp_enabled else None)
-        return step
+        best = self._ranks.from_main(self._verified_best() if self._ranks.is_main else None)
+        if best is None:
+            return int(self.state.global_step)
+        if step_of(best) != self.state.global_step:
+            self._load_from_checkpoint(str(best), self.model_wrapped if self.is_fsdp_enabled else None)
+        return step_of(best)
+
+    def _verified_best(self) -> Path | None:
+        best = Path(self.state.best_model_checkpoint)
+        if step_of(best) == self.state.global_step:
+            return best  # these weights are in memory
+        result = verify(best)
+        if result.ok:
+            return best
+        metric, greater = str(self.args.metric_for_best_model), bool(self.args.greater_is_better)
+        other = best_of(list_checkpoints(self._committed_to), metric, greater_is_better=greater)
+        instead = "the last weights are the result" if other is None else f"{other.path.name} is the result"
+        speaker.warn(f"the best checkpoint, {best.name}, cannot be used: {result.reason}; {instead}")
+        return other.path if other is not None else None
 
     def save_final(self, directory: Path) -> None:
         """Write adapter or model, and tokenizer with its chat template, loadable by peft or transformers alone."""
         self.save_model(str(directory), _internal_call=True)
         if self._ranks.is_main:
             (directory / "training_args.bin").unlink(missing_ok=True)
+            for path in directory.glob("*.safetensors"):
+                path.chmod(0o644)  # safetensors writes 0600
 
 
 def _point_to_committed(staged: Path, best: str | None) -> None:

@@ -7,7 +7,7 @@ on lengths and the token budget, never on a random state. A resumed run sees wha
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from llmtune.console import speaker
 from llmtune.data import (
     IGNORED,
     Encoded,
@@ -28,6 +29,7 @@ from llmtune.data import (
     pack_rows,
     shard_rows,
 )
+from llmtune.training.watchdog import surviving
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +43,7 @@ class Update:
         num_tokens: Tokens without padding.
         num_supervised_tokens: Tokens the loss is computed on (the first of a row never is).
         max_rows: Rows of the largest micro-batch.
+        rows: Which rows each micro-batch holds, as numbers in the training data; a filler's too.
     """
 
     micro_batches: Sequence[dict[str, torch.Tensor]]
@@ -48,6 +51,7 @@ class Update:
     num_tokens: int
     num_supervised_tokens: int
     max_rows: int
+    rows: tuple[tuple[int, ...], ...]
 
 
 class UpdateSampler(Sampler[list[int]]):
@@ -91,15 +95,15 @@ class UpdateSampler(Sampler[list[int]]):
             yield share or [~rows[0]]
 
 
-class _Rows(Dataset[tuple[Encoded, bool]]):
+class _Rows(Dataset[tuple[Encoded, int]]):
     def __init__(self, data: EncodedDataset) -> None:
         self._data = data
 
     def __len__(self) -> int:
         return len(self._data)
 
-    def __getitem__(self, index: int) -> tuple[Encoded, bool]:
-        return (self._data[~index], True) if index < 0 else (self._data[index], False)
+    def __getitem__(self, index: int) -> tuple[Encoded, int]:
+        return self._data[max(index, ~index)], index
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,8 +125,8 @@ class UpdateCollator:
     pad_multiple: int = 1
     pass_overhead_tokens: int | None = None
 
-    def __call__(self, items: list[tuple[Encoded, bool]]) -> Update:
-        """Collate ``items``: a row and whether it is a filler."""
+    def __call__(self, items: list[tuple[Encoded, int]]) -> Update:
+        """Collate ``items``: rows with their numbers; that of a filler is written as ``~number``."""
         rows = [row for row, _ in items]
         lengths = np.array([len(row.input_ids) for row in rows])
         pieces = self._cut(lengths)
@@ -131,7 +135,7 @@ class UpdateCollator:
             put_together([rows[i] for i in piece], self.pad_token_id, pad_multiple=self.pad_multiple)
             for piece in pieces
         ]
-        filler = any(is_filler for _, is_filler in items)
+        filler = any(number < 0 for _, number in items)
         if filler:
             for batch in batches:
                 batch["labels"].fill_(IGNORED)
@@ -141,6 +145,7 @@ class UpdateCollator:
             num_tokens=0 if filler else int(lengths.sum()),
             num_supervised_tokens=sum(int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches),
             max_rows=max(len(piece) for piece in pieces),
+            rows=tuple(tuple(max(items[i][1], ~items[i][1]) for i in piece) for piece in pieces),
         )
 
     def _cut(self, lengths: np.ndarray) -> list[list[int]]:
@@ -180,6 +185,16 @@ class UpdateLoader(DataLoader[Any]):
             generator=generator,
             persistent_workers=num_workers > 0,
         )
+        self.on_lost_worker: Callable[[str], None] = speaker.warn
+
+    def __iter__(self) -> Iterator[Any]:
+        """The updates of an epoch, even if a worker process dies; once."""
+
+        def anew() -> Iterator[Any]:
+            self._iterator = None  # persistent workers would go on with the dead one
+            return iter(super(UpdateLoader, self).__iter__())
+
+        return surviving(super().__iter__, anew, lambda cause: self.on_lost_worker(cause))
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order comes next."""
