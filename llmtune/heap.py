@@ -2,9 +2,9 @@
 
 A tensor is an aligned block. glibc cuts such a block out of a larger one, and before 2.39 it keeps the rest in caches
 for small blocks, where it is never joined to its neighbours again: the next tensor of the same size does not fit in
-the hole, and the heap grows with every update (glibc bug 30723). Without these caches a run holds 10 to 15 % less, at
-the same time per update and the same speed of tokenising. They can be switched off by the environment alone, and that
-is read when a process starts.
+the hole, and the heap grows with every update (glibc bug 30723). With these caches 34 runs (lora and qlora, torch
+2.13, glibc 2.36) held 11 % more in the median and 24 % at most, at the same time per update and the same speed of
+tokenising. They can be switched off by the environment alone, and that is read when a process starts.
 """
 
 from __future__ import annotations

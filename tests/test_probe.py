@@ -367,6 +367,16 @@ def test_after_two_passes_that_ran_out_rows_go_one_at_a_time(request_and_plan: t
     assert budget_after(plan, longest=LONGEST, base_bytes=0, passes=passes) == LONGEST
 
 
+def test_of_two_passes_of_one_shape_the_later_one_counts() -> None:
+    cold, warm = a_pass(512, 1), replace(a_pass(512, 1, worst=False), seconds=0.2)
+    other = replace(a_pass(128, 1, worst=False), seconds=0.3)
+    assert measurement([cold, warm], loaded=0).step_seconds == pytest.approx(1000 * 0.2 / 512 + 0.1)
+    assert measurement([cold, other], loaded=0).step_seconds == pytest.approx(1000 * 0.8 / 640 + 0.1)
+    ran_out = replace(cold, ran_out=True)
+    assert measurement([ran_out, other], loaded=0).step_seconds == pytest.approx(1000 * 0.3 / 128 + 0.1)
+    assert measurement([ran_out], loaded=0).step_seconds is None
+
+
 def test_the_new_plan_says_both_numbers_and_adds_up(request_and_plan: tuple[Any, Plan]) -> None:
     request, plan = request_and_plan
     planned = plan.token_budget.value
@@ -380,7 +390,7 @@ def test_the_new_plan_says_both_numbers_and_adds_up(request_and_plan: tuple[Any,
     assert sum(new.memory.terms.values()) == new.memory.peak_bytes
     assert new.memory.terms["forward and backward"] == 400 * 10**6
     assert new.memory.fits
-    step = 1000 * 0.5 / 296 + 0.1
+    step = 1000 * (0.5 + 0.5) / (planned + 296) + 0.1  # passes of two shapes
     assert new.time.step_seconds == pytest.approx(step)
     assert new.time.terms["training"] == pytest.approx(step * plan.updates.value)
     assert new.time.total_seconds == pytest.approx(sum(new.time.terms.values()))

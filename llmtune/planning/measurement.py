@@ -72,9 +72,18 @@ class Measurement:
 
     @property
     def step_seconds(self) -> float | None:
-        """One update: its padded tokens at the rate of the latest pass that got through; None if none did."""
-        timed = next((one for one in reversed(self.passes) if not one.ran_out), None)
-        return None if timed is None else self.update_tokens * timed.seconds / timed.tokens + self.optimizer_seconds
+        """One update: its padded tokens at the rate of the passes that got through; None if none did.
+
+        The first pass of a shape compiles kernels. Where two are alike the later one counts, else both: a run of many
+        shapes meets new ones again and again.
+        """
+        timed = [one for one in self.passes if not one.ran_out]
+        if not timed:
+            return None
+        if timed[0].tokens == timed[-1].tokens:
+            timed = timed[-1:]
+        rate = sum(one.seconds for one in timed) / sum(one.tokens for one in timed)
+        return self.update_tokens * rate + self.optimizer_seconds
 
     @property
     def memory_factor(self) -> float:

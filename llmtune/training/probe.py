@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
 # Updates whose passes are counted to tell what a usual one holds.
 COUNTED_UPDATES = 8
-# Weights that a step of the optimizer is timed on.
-TIMED_WEIGHTS = 2**20
+# The matrix that a step of the optimizer is timed on.
+TIMED_SHAPE = (1024, 1024)
 
 
 class BeforeFirstUpdate(TrainerCallback):
@@ -188,6 +188,8 @@ class _Probe:
             batch = self._largest_batch(budget) if shrinks else self._typical_batch(budget)
             passes.append(self._pass(batch, budget, worst=shrinks))
             budget = after(passes)
+        for parameter in self._trained:
+            parameter.grad = None
         tokens, count = self._usual_update(budget or longest)
         return Probed(
             budget=budget,
@@ -279,14 +281,13 @@ class _Probe:
         return most[0] / 1000, most[1] / 1000
 
     def _optimizer_seconds(self) -> float:
-        """Clipping and one AdamW step, timed on a few weights of its own and scaled to those that are trained."""
+        """Clipping and one step, timed on a matrix of its own and scaled to the weights that are trained."""
         device = self._trainer.args.device
         trained: int = sum(parameter.numel() for parameter in self._trained)
-        timed = min(trained, TIMED_WEIGHTS)
-        weight = torch.nn.Parameter(torch.zeros(timed, device=device))
-        weight.grad = torch.zeros_like(weight)
-        optimizer = torch.optim.AdamW([weight], fused=device.type in ("cpu", "cuda"))
-        seconds, share = 0.0, trained / timed
+        weight = torch.nn.Parameter(torch.zeros(TIMED_SHAPE, device=device))
+        weight.grad = torch.full_like(weight, 1e-3)
+        optimizer = self._optimizer([weight])
+        seconds, share = 0.0, trained / weight.numel()
         for _ in range(2):  # the first step makes the moments
             _finish(device)
             began = time.perf_counter()
@@ -295,6 +296,15 @@ class _Probe:
             _finish(device)
             seconds = time.perf_counter() - began
         return seconds * share
+
+    def _optimizer(self, weights: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        """The run's optimizer on other weights; AdamW where it wants the whole model (galore, apollo, lomo)."""
+        args = self._trainer.args
+        if not args.optim.startswith(("galore", "apollo", "lomo", "adalomo")):
+            kind, arguments = self._trainer.get_optimizer_cls_and_kwargs(args, self._trainer.model)
+            made: torch.optim.Optimizer = kind(weights, **arguments)
+            return made
+        return torch.optim.AdamW(weights, fused=args.device.type in ("cpu", "cuda"))
 
 
 def _agreed_plan(job: TrainingJob, request: PlanRequest, probed: Probed, rehearsed: Rehearsed) -> Plan:
