@@ -41,6 +41,7 @@ MUTATING = (
 SAVED_STEP, STEPS = 6, 7
 PAUSE_STEP = {"save": SAVED_STEP, "first": 2, "export": None}
 CALL = re.compile(r"^(?:\d+ +)?(\w+)\((.*)\) += (-?\d+|\?)")
+READ_BY_A_RESUME = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 PR_SET_PTRACER, PR_SET_PTRACER_ANY = 0x59616D61, ctypes.c_ulong(-1)
 
 
@@ -410,11 +411,11 @@ def _power(case: Case, pristine: Path) -> Iterator[Any]:
 
 
 def _damage(case: Case, pristine: Path) -> Iterator[Any]:
-    """The save succeeds; then each file of it is damaged in each way, one at a time."""
+    """The save succeeds; then each file that a resume reads is damaged in each way, one at a time."""
     states = States(case)
     yield from _record(case, pristine, Path(case.root) / "calls.log")
     newest = case.run / "checkpoints" / f"checkpoint-{SAVED_STEP}"
-    for name in sorted(path.name for path in newest.iterdir() if path.is_file()):
+    for name in READ_BY_A_RESUME:
         content = (newest / name).read_bytes()
         middle = len(content) // 2
         flipped = content[:middle] + bytes([content[middle] ^ 16]) + content[middle + 1 :]

@@ -26,21 +26,22 @@ class File:
 
     Attributes:
         source: A file with the bytes it has in the end; None where it is gone by then.
-        old: A file with the bytes that were on disk before it was written to; None where it is new or was emptied.
         synced: Whether its content is on disk.
+        length: Bytes by now of a file that was there before and is only added to; None for all others.
+        kept: How many of these are on disk.
     """
 
     source: Path | None = None
-    old: Path | None = None
     synced: bool = True
+    length: int | None = None
+    kept: int = 0
 
     def content(self, *, lost: bool) -> bytes:
         """What is read after the power failure; ``lost``: only what was forced to disk, else zeros for the rest."""
         final = self.source.read_bytes() if self.source is not None else b""
-        if self.synced:
-            return final
-        kept = self.old.read_bytes() if self.old is not None else b""
-        return kept if lost else kept + bytes(max(len(final) - len(kept), 0))
+        length = len(final) if self.length is None else self.length
+        kept = length if self.synced else self.kept
+        return final[:kept] if lost else final[:kept] + bytes(max(length - kept, 0))
 
 
 @dataclass(eq=False)
@@ -64,13 +65,14 @@ class Disk:
         self.root, self.top = root, _read(before)
         self.made: list[File] = []
         self._sources = sources or {}
+        self._returned = 0
 
     def follow(self, line: str) -> bool:
         """Take in one call; False where it changes nothing here."""
         match = LINE.match(line)
         if match is None or int(match[3]) < 0 or str(self.root) not in line:
             return False
-        act = getattr(self, f"_{match[1]}", None)
+        act, self._returned = getattr(self, f"_{match[1]}", None), int(match[3])
         return act is not None and act(match[2]) is not False
 
     # ------------------------------------------------------------------ calls
@@ -84,7 +86,7 @@ class Disk:
             folder.names[name] = File(source=self._sources.get(len(self.made)))
             self.made.append(folder.names[name])
         elif "O_TRUNC" in arguments:
-            file.old, file.synced = None, False
+            file.source, file.length, file.kept, file.synced = None, None, 0, False
         return True
 
     def _write(self, arguments: str) -> bool:
@@ -92,6 +94,8 @@ class Disk:
         if not isinstance(file, File):
             return False
         file.synced = False
+        if file.length is not None:
+            file.length += self._returned
         return True
 
     _pwrite64 = _writev = _ftruncate = _fallocate = _copy_file_range = _sendfile = _write
@@ -99,7 +103,7 @@ class Disk:
     def _fsync(self, arguments: str) -> bool:
         found = self._opened(arguments)
         if isinstance(found, File):
-            found.synced = True
+            found.synced, found.kept = True, found.length or 0
         elif found is not None:
             found.durable = dict(found.names)
         return found is not None
@@ -173,9 +177,10 @@ def crash_states(log: Path, root: Path, *, before: Path, after: Path, place: Pat
     ends = {file: after / path for path, file in _where(first.top, Path())}
     sources = {number: ends[file] for number, file in enumerate(first.made) if file in ends}
     second = Disk(root, before, sources)
-    for path, file in _where(second.top, Path()):  # what was there before and was added to
-        if (after / path).exists() and file not in second.made:
-            file.source = after / path if path.name == "events.jsonl" else file.old
+    for path, file in _where(second.top, Path()):
+        if path.name == "events.jsonl":  # the one file that is added to
+            file.source, file.kept = after / path, (before / path).stat().st_size
+            file.length = file.kept
     for line in lines:
         if not second.follow(line):
             continue
@@ -197,7 +202,7 @@ def _where(folder: Folder, path: Path) -> Iterator[tuple[Path, File]]:
 def _read(directory: Path) -> Folder:
     folder = Folder()
     for path in sorted(directory.iterdir()):
-        folder.names[path.name] = _read(path) if path.is_dir() else File(source=path, old=path)
+        folder.names[path.name] = _read(path) if path.is_dir() else File(source=path)
     folder.durable = dict(folder.names)
     return folder
 

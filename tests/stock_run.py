@@ -45,7 +45,7 @@ def stock_trainer(model: str, output: Path, callbacks: list[Any], *, steps: int,
         disable_tqdm=True,
         seed=0,
     )
-    return transformers.Trainer(
+    trainer = transformers.Trainer(
         model=get_peft_model(base, lora),
         args=arguments,
         train_dataset=rows,
@@ -53,6 +53,8 @@ def stock_trainer(model: str, output: Path, callbacks: list[Any], *, steps: int,
         processing_class=tokenizer,
         callbacks=callbacks,
     )
+    trainer.remove_callback(transformers.PrinterCallback)
+    return trainer
 
 
 def train_stock(model: str, output: Path, callbacks: list[Any], *, steps: int, resume: bool) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def test_a_packed_sequence_as_tensors() -> None:
 
 @given(lengths=LENGTHS, multiple=st.sampled_from([1, 8]))
 def test_packed_and_padded_rows_learn_the_same_tokens(lengths: np.ndarray, multiple: int) -> None:
-    items = [(row, False) for row in random_rows(*lengths)]
+    items = [(row, number) for number, row in enumerate(random_rows(*lengths))]
     counts = []
     for packing in (False, True):
         collator = UpdateCollator(pad_token_id=0, token_budget=512, max_rows=64, packing=packing, pad_multiple=multiple)
@@ -127,7 +127,7 @@ def test_packed_and_padded_rows_learn_the_same_tokens(lengths: np.ndarray, multi
 
 def test_a_filler_learns_nothing() -> None:
     collator = UpdateCollator(pad_token_id=0, token_budget=512, max_rows=64, packing=True)
-    update = collator([(random_rows(9)[0], True)])
+    update = collator([(random_rows(9)[0], ~0)])
     assert (update.num_rows, update.num_tokens, update.num_supervised_tokens) == (0, 0, 0)
     assert len(update.micro_batches) == 1
 
@@ -198,7 +198,7 @@ def test_two_ranks_learn_what_one_does(packing: bool) -> None:
 
     def updates(rank: int, num_ranks: int) -> list[list[dict[str, torch.Tensor]]]:
         sampler = UpdateSampler(lengths, global_batch_size=2, seed=0, rank=rank, num_ranks=num_ranks)
-        items = [[(rows[~i], True) if i < 0 else (rows[i], False) for i in share] for share in sampler]
+        items = [[(rows[max(i, ~i)], i) for i in share] for share in sampler]
         return [list(collator(item).micro_batches) for item in items]
 
     for alone, *shares in zip(updates(0, 1), updates(0, 2), updates(1, 2), strict=True):

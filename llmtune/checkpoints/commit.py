@@ -47,6 +47,7 @@ def commit(staged: Path, final: Path, facts: Mapping[str, Any]) -> Path:
     assert staged.name == final.name, "a checkpoint is staged under its own name"
     if final.is_symlink() or final.exists():
         if verify(final).ok:
+            durable.sync(final.parent)  # an attempt before this one may have failed at just that
             return final
         set_aside(final)
     for name in UNWANTED:

@@ -158,7 +158,12 @@ class CheckpointCleanup(TrainerCallback):
         if not state.is_world_process_zero:
             return
         best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
-        done = retain(self._run.checkpoints, keep=self._keep, best=best)
+        try:
+            done = retain(self._run.checkpoints, keep=self._keep, best=best)
+        except OSError as error:  # what is not deleted now is deleted later; nothing is lost by going on
+            speaker.warn(f"old checkpoints in {self._run.checkpoints} are not deleted: {error}")
+            self._run.event("incident", state.global_step, kind="disk", cause=f"clean-up failed: {error}")
+            return
         for info in done.rejected:
             self._run.event("checkpoint_rejected", info.step, path=info.path.name, reason=info.reason)
             speaker.warn(f"{info.path.name} is put aside: {info.reason}")

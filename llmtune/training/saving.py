@@ -25,6 +25,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TR
 
 from llmtune.checkpoints import MANIFEST, commit, open_place, read_manifest, retain, staging_root
 from llmtune.checkpoints.compression import COMPRESSED, compress_optimizer
+from llmtune.checkpoints.durable import sync
 from llmtune.checkpoints.places import committed
 from llmtune.checkpoints.retention import FEWEST
 from llmtune.checkpoints.sharing import REBUILDABLE
@@ -151,6 +152,8 @@ class CheckpointSaver:
         def finish() -> None:
             if self._compress:
                 compress_optimizer(root / name)
+            if (events := self._checkpoints.parent / "events.jsonl").exists():
+                sync(events)  # whoever goes on from this checkpoint finds the account of the steps before it
             commit(root / name, self._checkpoints / name, facts())
 
         try:

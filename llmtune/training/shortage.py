@@ -61,11 +61,7 @@ class Recoveries:
     def decide(self, failure: Failure) -> Remedy:
         """What to do; the same on every rank that was told of the same failures."""
         remedy = recovery(failure, self.plan, self.history)
-        on_device = self.plan.device.value != "cpu"
         self.history.append(Attempt(failure=failure, action=remedy.action))
-        if remedy.action == "offload_activations" and not on_device:  # they are in host memory already
-            remedy = recovery(failure, self.plan, self.history)
-            self.history.append(Attempt(failure=failure, action=remedy.action))
         if self._writes:
             note_incident(self._run, failure)
         return remedy

@@ -187,7 +187,7 @@ class UpdateLoader(DataLoader[Any]):
         )
         self.on_lost_worker: Callable[[str], None] = speaker.warn
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # a generator does
         """The updates of an epoch, even if a worker process dies; once."""
 
         def anew() -> Iterator[Any]:

@@ -176,7 +176,7 @@ def _keeps_activations(failure: Failure, plan: Plan) -> bool:
 
 
 def _keeps_them_on_device(failure: Failure, plan: Plan) -> bool:
-    return _in_step(failure) and not plan.activation_offload.value
+    return _in_step(failure) and not plan.activation_offload.value and plan.device.value != "cpu"
 
 
 def _halved(failure: Failure, taken: Sequence[Attempt]) -> Mapping[str, Any] | None:
