@@ -20,7 +20,7 @@ from llmtune.runs import RunDirectory
 
 COMMANDS = (
     *("train", "resume", "plan", "demo", "init", "check", "preview", "runs", "show", "report"),
-    *("eval", "chat", "study", "doctor", "presets", "accelerate-config"),
+    *("checkpoints", "verify-resume", "eval", "chat", "study", "doctor", "presets", "accelerate-config"),
 )
 HEAVY = ("torch", "transformers", "datasets", "peft", "optuna", "accelerate", "sqlalchemy", "plotly", "numpy", "rich")
 GOOD = '{"prompt": "a", "completion": "b"}\n'

@@ -478,7 +478,7 @@ def test_a_spike_is_clipped_then_rolled_back_with_a_lower_rate() -> None:
 
 def test_the_rest_of_the_table() -> None:
     assert actions([failure("divergence", step) for step in range(5)]) == ["lower_learning_rate"] * 3 + ["stop"]
-    assert actions([failure("worker")] * 2) == ["restart_loader", "stop"]
+    assert actions([failure("worker")] * 3) == ["restart_loader", "restart", "stop"]
     assert actions([failure("hung", where="loader")] * 3) == ["restart_loader", "restart", "stop"]
     assert actions([failure("hung", where="step")] * 2) == ["restart", "stop"]
     assert actions([failure("killed")] * 2) == ["restart", "stop"]
