@@ -119,9 +119,12 @@ def load_for_training(
         revision=location.revision,
     )
     try:
-        return get_peft_model(model, lora)
+        adapted = get_peft_model(model, lora)
     except ValueError as error:
         raise ModelError(f"model '{location.id}': no adapter can be attached: {error}") from None
+    # A set is saved in another order by each process; a run and its resumption write the same file.
+    adapted.peft_config["default"].target_modules = sorted(lora.target_modules)
+    return adapted
 
 
 def _load_base(
