@@ -338,7 +338,10 @@ def _close(run: RunDirectory, status: str, exit_code: int) -> None:
             write_report(run.path)
     except Exception as error:  # the report retells what the run directory holds; without it nothing is lost
         speaker.warn(f"the report could not be written: {error!r}; try `llmtune report {run.path}`")
-    index(run)
+    try:
+        index(run)
+    except ConfigError as error:  # its address was good when the run began; what ended the run counts
+        speaker.warn(str(error))
 
 
 def _measured(run: RunDirectory, steps: list[dict[str, Any]]) -> dict[str, Any]:

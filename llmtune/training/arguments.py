@@ -52,6 +52,8 @@ def training_arguments(
         use_cpu=on_cpu,
         ddp_backend="gloo" if on_cpu and plan.processes.value > 1 else None,
         ddp_find_unused_parameters=False if plan.processes.value > 1 else None,
+        # The same on all ranks; one that runs out of memory in its first forward pass would broadcast them alone.
+        ddp_broadcast_buffers=False if plan.processes.value > 1 else None,
         dataloader_num_workers=plan.num_workers.value,
         dataloader_pin_memory=plan.pin_memory.value,
         logging_strategy="steps",

@@ -138,9 +138,6 @@ class Replays:
         """All passes of an update, up to the first that runs out of memory."""
         trainer = self._trainer
         total = torch.zeros((), device=trainer.args.device)
-        if self._together:
-            # Buffers are the same on all ranks; one that dies in its first forward pass would broadcast them alone.
-            model.broadcast_buffers = False  # type: ignore[assignment]
         last = len(update.micro_batches) - 1
         for number, batch in enumerate(update.micro_batches):
             reduces = number == last and not self._together
