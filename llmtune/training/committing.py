@@ -191,6 +191,10 @@ class CommittingTrainer(Trainer):
         with expanded(Path(checkpoint), beside=[SCHEDULER_NAME]) as whole:
             super()._load_optimizer_and_scheduler(str(whole))
 
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if self.accelerator.scaler is not None:  # a file for one that this run does not have is not read
+            super()._load_scaler(checkpoint)
+
     def take_up(self, checkpoint: Path) -> None:
         """Load weights and history of a checkpoint without training on.
 

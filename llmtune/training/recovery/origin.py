@@ -24,6 +24,8 @@ _PHASES = {
     "restore_best": "load",
     "_load_from_checkpoint": "load",
     "_load_optimizer_and_scheduler": "load",
+    "_load_rng_state": "load",
+    "_load_scaler": "load",
     "call_event": "callback",
 }
 # The function of ours that calls the user's metrics.
