@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
 
 MENDED_IN = (2, 39)
 VARIABLE = "GLIBC_TUNABLES"
 NO_SMALL_CACHES = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
 
 
-def leaves_holes(environ: Mapping[str, str] | None = None) -> bool:
-    """Whether the heap of a process with this environment (this one's when None) grows with every update."""
-    tunables = (os.environ if environ is None else environ).get(VARIABLE, "")
-    return _glibc() < MENDED_IN and NO_SMALL_CACHES not in tunables
+def leaves_holes() -> bool:
+    """Whether the heap of this process grows with every update."""
+    return _glibc() < MENDED_IN and NO_SMALL_CACHES not in os.environ.get(VARIABLE, "")
 
 
 def restart_without_holes() -> None:

@@ -76,10 +76,12 @@ def test_a_user_who_decided_about_these_caches_is_left_alone(own: str, tmp_path:
     ("library", "holes"),
     [("glibc 2.36", True), ("glibc 2.38", True), ("glibc 2.39", False), ("glibc 3.0", False), ("", False)],
 )
-def test_which_libraries_leave_holes(library: str | None, holes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_which_libraries_leave_holes(library: str, holes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(heap.os, "confstr", lambda name: library, raising=False)
-    assert leaves_holes({}) is holes
-    assert leaves_holes({VARIABLE: NO_SMALL_CACHES}) is False
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert leaves_holes() is holes
+    monkeypatch.setenv(VARIABLE, NO_SMALL_CACHES)
+    assert leaves_holes() is False
 
 
 def test_a_system_without_that_name_has_another_library(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +89,8 @@ def test_a_system_without_that_name_has_another_library(monkeypatch: pytest.Monk
         raise ValueError("unrecognized configuration name")
 
     monkeypatch.setattr(heap.os, "confstr", unknown, raising=False)
-    assert not leaves_holes({})
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert not leaves_holes()
 
 
 def test_the_installed_command_says_that_its_heap_has_no_holes() -> None:
