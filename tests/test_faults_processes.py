@@ -349,7 +349,8 @@ def test_fault_54_a_rank_is_gone(place: Path, how: Any, rank: int, number: int) 
     assert code == 0, err
     assert run.run["status"] == "finished"
     assert [step["step"] for step in run.steps()] == [1, 2, 3, 4, 5, 6]
-    assert events(run.path, "run_started")[-1]["resumed_from"] == "checkpoints/checkpoint-2"
+    # The evaluation after step 3 was the best so far, and the best is saved.
+    assert events(run.path, "run_started")[-1]["resumed_from"] == "checkpoints/checkpoint-3"
 
 
 # ---------------------------------------------------------------------- 55: the clock
