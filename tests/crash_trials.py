@@ -84,17 +84,9 @@ def train(case: Case, output: Path, callbacks: list[Any]) -> dict[str, Any]:
         return train_stock(case.model, output / "checkpoints", callbacks, steps=STEPS, resume=False)
     from tuning import tune
 
-    import llmtune.training.train as training
-
-    saving = {"save.asynchronous": case.asynchronous} | {k: v for k, v in case.settings.items() if "save." in k}
-    compress = bool(case.settings.get("save.compress_optimizer"))
-    usual = training.LoopSettings
-    training.LoopSettings = partial(usual, asynchronous=case.asynchronous, compress_optimizer=compress)
-    how = {"max_steps": STEPS, "evaluate.every_steps": 2, "save.every_steps": 2, "dropout": 0.1} | {"save.keep": 2}
-    try:
-        tune(case.model, output, callbacks=callbacks, **how, **case.settings, **saving)
-    finally:
-        training.LoopSettings = usual
+    saving = {"save.every_steps": 2, "save.keep": 2, "save.asynchronous": case.asynchronous}
+    how = {"max_steps": STEPS, "evaluate.every_steps": 2, "dropout": 0.1}
+    tune(case.model, output, callbacks=callbacks, **how | saving | case.settings)
     return outcome(output)
 
 

@@ -8,7 +8,6 @@ import math
 import shutil
 import threading
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +32,8 @@ Model = Callable[[str], Path]
 HOW: dict[str, Any] = {"max_steps": 7, "dropout": 0.1, "evaluate.every_steps": 2}
 
 
-def saved(monkeypatch: pytest.MonkeyPatch, **how: bool) -> dict[str, Any]:
+def saved(**how: bool) -> dict[str, Any]:
     """Settings of a run that saves so."""
-    monkeypatch.setattr(training, "LoopSettings", partial(training.LoopSettings, **how))
     return HOW | {f"save.{name}": value for name, value in how.items()}
 
 
@@ -74,7 +72,7 @@ def test_a_save_in_the_background_is_file_for_file_that_in_the_foreground(
     monkeypatch.setattr(
         training.UpdateTrainer, "_save_behind", lambda self: (writers.append(self.state.global_step), real(self))[1]
     )
-    tune(family_model(family), run, **saved(monkeypatch, asynchronous=True), **how)
+    tune(family_model(family), run, **saved(asynchronous=True), **how)
     assert writers == [4, 6]  # the first is made in the foreground, and the last
     names = sorted(path.name for path in (tmp_path / "foreground" / "checkpoints").iterdir())
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == names
@@ -84,9 +82,7 @@ def test_a_save_in_the_background_is_file_for_file_that_in_the_foreground(
     assert same_weights(run, tmp_path / "foreground")
 
 
-def test_callbacks_are_told_after_the_commit_on_the_training_thread(
-    family_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_callbacks_are_told_after_the_commit_on_the_training_thread(family_model: Model, tmp_path: Path) -> None:
     told: list[tuple[int, bool, bool]] = []
 
     class Told(TrainerCallback):
@@ -94,18 +90,16 @@ def test_callbacks_are_told_after_the_commit_on_the_training_thread(
             path = tmp_path / "run" / "checkpoints" / f"checkpoint-{state.global_step}"
             told.append((state.global_step, verify(path).ok, threading.current_thread() is threading.main_thread()))
 
-    tune(family_model("llama"), tmp_path / "run", callbacks=[Told()], **saved(monkeypatch, asynchronous=True))
+    tune(family_model("llama"), tmp_path / "run", callbacks=[Told()], **saved(asynchronous=True))
     assert told == [(step, True, True) for step in (2, 4, 6, 7)]
     assert [event["step"] for event in events(tmp_path / "run", "checkpoint_saved")] == [2, 4, 6, 7]
     assert [event["deleted_step"] for event in events(tmp_path / "run", "checkpoint_deleted")] == [2]
 
 
 @pytest.mark.slow
-def test_stopped_while_a_save_is_in_flight_everything_is_saved_and_goes_on(
-    family_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stopped_while_a_save_is_in_flight_everything_is_saved_and_goes_on(family_model: Model, tmp_path: Path) -> None:
     tune(family_model("llama"), tmp_path / "whole", **HOW)
-    how = saved(monkeypatch, asynchronous=True)
+    how = saved(asynchronous=True)
     with pytest.raises(Preempted, match="after step 5"):
         tune(family_model("llama"), tmp_path / "cut", callbacks=[SignalAt(5)], **how)
     assert [info.step for info in list_checkpoints(tmp_path / "cut" / "checkpoints")] == [5, 4, 2]
@@ -136,24 +130,24 @@ def test_an_error_of_the_writer_surfaces_in_training(
 
         monkeypatch.setattr("llmtune.training.snapshot.torch.save", refuse)
 
-    how = saved(monkeypatch, asynchronous=True)
-    with pytest.raises(TrainingError, match=r"step 4 could not be written.*tried twice: Input/output error.*are free"):
+    how = saved(asynchronous=True)
+    with pytest.raises(
+        TrainingError, match=r"step 4 could not be written.*twice: Input/output error.* needed, .* free"
+    ):
         tune(family_model("llama"), tmp_path / "run", callbacks=[Fail(4, forbid)], **how)
     assert [info.step for info in list_checkpoints(tmp_path / "run" / "checkpoints")] == [2]
     assert not [path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.slow
-def test_a_save_in_flight_is_finished_before_an_error_leaves_the_loop(
-    family_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_save_in_flight_is_finished_before_an_error_leaves_the_loop(family_model: Model, tmp_path: Path) -> None:
     class Broken(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 4:
                 raise ZeroDivisionError("a mistake of the user's")
 
     with pytest.raises(Exception, match="a mistake of the user's"):
-        tune(family_model("llama"), tmp_path / "run", callbacks=[Broken()], **saved(monkeypatch, asynchronous=True))
+        tune(family_model("llama"), tmp_path / "run", callbacks=[Broken()], **saved(asynchronous=True))
     infos = list_checkpoints(tmp_path / "run" / "checkpoints")
     assert [(info.step, info.verified) for info in infos] == [(4, True), (2, True)]
     assert [event["step"] for event in events(tmp_path / "run", "checkpoint_saved")] == [2, 4]
@@ -177,11 +171,9 @@ def test_what_is_written_later_is_what_was_true_when_it_was_copied() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["foreground", "background"])
-def test_a_compressed_optimizer_resumes_bitwise(
-    family_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
-) -> None:
+def test_a_compressed_optimizer_resumes_bitwise(family_model: Model, tmp_path: Path, asynchronous: bool) -> None:
     tune(family_model("llama"), tmp_path / "whole", **HOW)
-    how = saved(monkeypatch, asynchronous=asynchronous, compress_optimizer=True)
+    how = saved(asynchronous=asynchronous, compress_optimizer=True)
     with pytest.raises(Preempted):
         tune(family_model("llama"), tmp_path / "cut", callbacks=[SignalAt(5)], **how)
     newest = tmp_path / "cut" / "checkpoints" / "checkpoint-5"

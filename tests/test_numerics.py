@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from llmtune.training.rollback import SAME_WINDOW, history_at, scale_learning_rate, window_of
+from llmtune.training.recoveries import history_at
+from llmtune.training.rollback import SAME_WINDOW, scale_learning_rate, window_of
 from llmtune.training.spikes import LEAST, LEVEL, WINDOW, Spike, SpikeDetector, Track
 
 THRESHOLD = 8.0

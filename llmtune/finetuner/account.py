@@ -16,12 +16,11 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from llmtune.checkpoints import newest_verified, step_of
+from llmtune.checkpoints import list_checkpoints, step_of
 from llmtune.config import RunConfig, store_url
 from llmtune.console import speaker
 from llmtune.data import DataReport, summarise
 from llmtune.errors import (
-    CheckpointError,
     ConfigError,
     LlmtuneError,
     OutputError,
@@ -305,11 +304,13 @@ def _plan_of(run: RunDirectory) -> Plan | None:
 
 
 def _last_good(run: RunDirectory) -> Path | None:
-    """The newest checkpoint that verifies."""
+    """The newest healthy checkpoint; where none is, the newest that verifies."""
     try:
-        return newest_verified(run.checkpoints, lambda rejected: None)
-    except (CheckpointError, OSError):
+        verified = [info for info in list_checkpoints(run.checkpoints) if info.verified]
+    except OSError:
         return None
+    best = next((info for info in verified if info.healthy), next(iter(verified), None))
+    return None if best is None else best.path
 
 
 def _checkpoint_bytes(run: RunDirectory) -> int | None:

@@ -266,11 +266,11 @@ class RunDirectory:
         return iter(self._log)
 
     def steps(self) -> list[dict[str, Any]]:
-        """The ``step`` events by rising step; after a resume the last line of a step counts."""
+        """The ``step`` events by rising step, of the course that the run took at last."""
         return self._log.last_by_step("step")
 
     def evaluations(self) -> list[dict[str, Any]]:
-        """The ``evaluation`` events by rising step; after a resume the last line of a step counts."""
+        """The ``evaluation`` events by rising step, of the course that the run took at last."""
         return self._log.last_by_step("evaluation")
 
     def write_failure(

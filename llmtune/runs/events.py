@@ -73,9 +73,17 @@ class EventLog:
                     yield event
 
     def last_by_step(self, event: str) -> list[dict[str, Any]]:
-        """The lines of one kind of event by rising step; after a resume the last line of a step counts."""
-        last = {entry["step"]: entry for entry in self if entry["event"] == event}
-        return [last[step] for step in sorted(last)]
+        """The lines of one kind of event by rising step, of the course that the run took at last.
+
+        A run that goes on from an earlier step does the later ones again: what they said does not count any more.
+        """
+        course: dict[int, dict[str, Any]] = {}
+        for entry in self:
+            if (start := _goes_on_from(entry)) is not None:
+                course = {step: earlier for step, earlier in course.items() if step <= start}
+            elif entry["event"] == event:
+                course[entry["step"]] = entry
+        return [course[step] for step in sorted(course)]
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
@@ -85,6 +93,15 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         return None
     whole = isinstance(entry, dict) and "event" in entry and isinstance(entry.get("step"), int)
     return entry if whole else None
+
+
+def _goes_on_from(entry: dict[str, Any]) -> int | None:
+    """The step that a run goes on from where this event tells of it."""
+    if entry["event"] == "run_started":
+        return int(entry["step"])
+    if entry["event"] == "recovery" and entry.get("action") == "roll_back":
+        return int(str(entry["checkpoint"]).rpartition("-")[2])
+    return None
 
 
 def _end_torn_line(descriptor: int) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from llmtune.training.numerics import NumberGuard
+from llmtune.training.recoveries import Recoveries
 from llmtune.training.recovery import Failure
 from llmtune.training.rollback import scale_learning_rate
 
@@ -32,11 +32,11 @@ class DivergenceGuard(TrainerCallback, ExportableState):
     Where only the evaluation loss rises the model learns its rows by heart, which early stopping ends.
 
     Args:
-        numbers: Decides what to do about it, and tells.
+        recoveries: Decides what to do about it, and tells.
     """
 
-    def __init__(self, numbers: NumberGuard) -> None:
-        self._numbers = numbers
+    def __init__(self, recoveries: Recoveries) -> None:
+        self._recoveries = recoveries
         self.seen: dict[str, Any] = {"best": None, "evaluation": None, "training": None, "rises": 0, "still": 0}
         self.losses: list[float] = []
 
@@ -79,11 +79,11 @@ class DivergenceGuard(TrainerCallback, ExportableState):
             evidence={"evaluation_loss": loss, "best": self.seen["best"], "evaluations": IN_A_ROW},
             remedy="Lower --set train.learning_rate, or stop earlier: --set evaluate.patience=2.",
         )
-        remedy = self._numbers.decide(failure)
+        remedy = self._recoveries.decide(failure)
         if remedy.action == "lower_learning_rate":  # else it is tried no more, and early stopping ends the run
             factor = float(remedy.changes["learning_rate_factor"])
             scale_learning_rate(kwargs["optimizer"], kwargs["lr_scheduler"], factor)
-            self._numbers.took(failure, remedy)
+            self._recoveries.took(failure, remedy, remedy.changes)
         self.seen |= {"rises": 0, "still": 0}
 
     def _trend(self, loss: float, training: float | None, args: TrainingArguments) -> str | None:

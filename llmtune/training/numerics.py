@@ -11,36 +11,22 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from llmtune.console import speaker
 from llmtune.data import shard_rows
 from llmtune.errors import RecoveryExhausted
-from llmtune.planning import Plan
-from llmtune.runs import RunDirectory
 from llmtune.training.diagnosis import Finding, diagnose, gradient_layer
 from llmtune.training.ranks import Ranks
-from llmtune.training.recovery import (
-    Attempt,
-    Budgets,
-    Failure,
-    FailureKind,
-    Remedy,
-    note_incident,
-    note_recovery,
-    recovery,
-)
-from llmtune.training.rollback import SAME_WINDOW, RollBack, history_at, newest_healthy, window_of
+from llmtune.training.recoveries import Recoveries, briefly
+from llmtune.training.recovery import Failure, FailureKind, Remedy
+from llmtune.training.rollback import SAME_WINDOW, RollBack, newest_healthy, window_of
 from llmtune.training.spikes import Deviation, Spike, SpikeDetector
 from llmtune.training.trainer import UpdateTrainer
-
-if TYPE_CHECKING:
-    from llmtune.config.schema import RecoverConfig
 
 # Causes: budgets are counted by them.
 NON_FINITE = "loss or gradient is not finite"
@@ -66,18 +52,22 @@ class NumberGuard(TrainerCallback, ExportableState):
 
     Args:
         trainer: Whose updates are judged; it asks through ``UpdateTrainer.numbers``.
-        run: Takes the events.
-        plan: The plan in force.
-        recover: Budgets and the threshold of spikes.
+        recoveries: Decides what is done.
+        checkpoints: Where a rollback leads to.
+        spike_threshold: See ``recover.spike_threshold`` of the configuration.
     """
 
     def __init__(
-        self, *, trainer: UpdateTrainer, run: RunDirectory, ranks: Ranks, plan: Plan, recover: RecoverConfig
+        self,
+        *,
+        trainer: UpdateTrainer,
+        recoveries: Recoveries,
+        checkpoints: Path,
+        ranks: Ranks,
+        spike_threshold: float,
     ) -> None:
-        self._trainer, self._run, self._ranks, self._plan = trainer, run, ranks, plan
-        self._budgets = Budgets(skips=recover.skip_budget, rollbacks=recover.rollback_budget)
-        self._detector = SpikeDetector(threshold=recover.spike_threshold, wait=plan.warmup_updates.value)
-        self._history: list[Attempt] | None = None
+        self._trainer, self._recoveries, self._checkpoints, self._ranks = trainer, recoveries, checkpoints, ranks
+        self._detector = SpikeDetector(threshold=spike_threshold, wait=recoveries.plan.warmup_updates.value)
         self._dropped: deque[int] = deque(maxlen=REMEMBERED)
         self._spiked: deque[int] = deque(maxlen=REMEMBERED)
         self._halvings = 0
@@ -111,14 +101,6 @@ class NumberGuard(TrainerCallback, ExportableState):
         A dropped update leaves them as they are, so only the last one counts; a spike may show later what it has done.
         """
         return step - 1 in self._dropped or any(step - one <= SAME_WINDOW for one in self._spiked)
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Recall what was tried before; a run that went back in this process remembers it."""
-        if self._history is None:
-            known = history_at(self._run.events(), state.global_step) if self._ranks.is_main else []
-            self._history = self._ranks.from_main(known)
 
     # ------------------------------------------------------------------ one update
 
@@ -241,32 +223,17 @@ class NumberGuard(TrainerCallback, ExportableState):
 
     def _meet(self, failure: Failure) -> None:
         """Write it down, ask the policy, and do what it says."""
-        remedy = self.decide(failure)
+        remedy = self._recoveries.decide(failure)
         if remedy.action == "stop":
             self._stop(failure, remedy.reason)
         if remedy.action == "roll_back":
             self._go_back(failure, remedy)
         (self._spiked if failure.kind == "spike" else self._dropped).append(failure.step)
-        self.took(failure, remedy)
-
-    def decide(self, failure: Failure) -> Remedy:
-        """What the policy says about trouble with numbers; the same on all ranks. The incident is written down."""
-        assert self._history is not None, "training has begun"
-        remedy = recovery(failure, self._plan, self._history, self._budgets)
-        self._history.append(Attempt(failure=failure, action=remedy.action))
-        if self._ranks.is_main:
-            note_incident(self._run, failure)
-        return remedy
-
-    def took(self, failure: Failure, remedy: Remedy) -> None:
-        """Tell that it was done."""
-        if self._ranks.is_main:
-            note_recovery(self._run, failure, remedy)
-            speaker.warn(f"step {failure.step + 1}: {remedy.reason}{_briefly(failure)}")
+        self._recoveries.took(failure, remedy, remedy.changes)
 
     def _go_back(self, failure: Failure, remedy: Remedy) -> NoReturn:
         skip = window_of([*self._dropped, *self._spiked], failure.step)
-        info = newest_healthy(self._run.checkpoints, upto=skip.start) if self._ranks.is_main else None
+        info = newest_healthy(self._checkpoints, upto=skip.start) if self._ranks.is_main else None
         checkpoint: Path | None = self._ranks.from_main(info.path if info is not None else None)
         if checkpoint is None:
             self._stop(failure, f"{remedy.reason}, but there is no healthy checkpoint before step {skip.start + 1}")
@@ -276,9 +243,7 @@ class NumberGuard(TrainerCallback, ExportableState):
         raise RollBack(remedy.reason, checkpoint=checkpoint, learning_rate_factor=factor, skip=skip)
 
     def _stop(self, failure: Failure, reason: str) -> NoReturn:
-        info = newest_healthy(self._run.checkpoints, upto=failure.step) if self._ranks.is_main else None
-        kept = self._ranks.from_main(f"The last healthy checkpoint is {info.path}" if info else "No checkpoint is left")
-        raise RecoveryExhausted(failure, f"{reason}{_briefly(failure)}. {kept}")
+        raise RecoveryExhausted(failure, f"{reason}{briefly(failure)}")
 
     def _places(self, rows: Sequence[int]) -> list[str]:
         locations = [self._trainer.train_dataset.location(row) for row in rows[:MOST_PLACES]]
@@ -308,15 +273,3 @@ def _told(spike: Spike, loss: float, norm: float) -> dict[str, Any]:
         for name, told in (("loss", of(spike.loss)), ("grad_norm", of(spike.grad_norm)))
         if told is not None
     }
-
-
-def _briefly(failure: Failure) -> str:
-    """Numbers and places, for a line on the terminal."""
-    evidence = failure.evidence
-    names = {"loss": "loss", "grad_norm": "gradient norm", "evaluation_loss": "evaluation loss", "best": "best"}
-    parts = [", ".join(f"{told} {evidence[name]:.4g}" for name, told in names.items() if name in evidence)]
-    if layer := evidence.get("layer"):
-        parts.append(f"first in {layer}")
-    if places := evidence.get("places"):
-        parts.append(f"rows {', '.join(places)}")
-    return f" ({'; '.join(parts)})"

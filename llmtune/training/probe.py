@@ -64,8 +64,7 @@ class BeforeFirstUpdate(TrainerCallback):
             else:
                 rehearsed = Rehearsed.nothing()
         plan = _agreed_plan(job, self._request, probed, rehearsed)
-        if trainer.recoveries is not None:
-            trainer.recoveries.plan = plan
+        trainer.recoveries.plan = plan
         self._meter.restart()
         if job.ranks.is_main:
             path = job.run.add_plan(plan.to_json())

@@ -11,13 +11,12 @@ from llmtune.console import speaker
 from llmtune.planning import Choice, Plan
 from llmtune.runs import RunDirectory
 from llmtune.training.probe import BeforeFirstUpdate
+from llmtune.training.recoveries import ROLL_BACK
 from llmtune.training.rollback import RollBack
 from llmtune.training.trainer import UpdateTrainer
 
 if TYPE_CHECKING:
     from llmtune.training.train import TrainingJob
-
-ROLL_BACK = "roll_back"
 
 
 def go_back(job: TrainingJob, trainer: UpdateTrainer, back: RollBack) -> Path:
@@ -27,7 +26,6 @@ def go_back(job: TrainingJob, trainer: UpdateTrainer, back: RollBack) -> Path:
     next save goes on by them too.
     """
     step, recoveries = trainer.state.global_step, trainer.recoveries
-    assert recoveries is not None, "a run has a policy"
     before = trainer.args.learning_rate
     rate = before * back.learning_rate_factor
     reason = f"{before:g} × {back.learning_rate_factor:g}: rolled back from step {step} to {back.checkpoint.name}"

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmtune.checkpoints import list_checkpoints
 from llmtune.checkpoints.listing import CheckpointInfo
-from llmtune.training.recovery import Attempt, attempts_of
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
@@ -63,18 +62,3 @@ def scale_learning_rate(optimizer: Optimizer, scheduler: LRScheduler, factor: fl
         group["lr"] = group["lr"] * factor
         if "initial_lr" in group:
             group["initial_lr"] = group["initial_lr"] * factor
-
-
-def history_at(events: Iterable[Mapping[str, Any]], step: int) -> list[Attempt]:
-    """What was tried before in the course that leads to ``step``, for a process that takes the run up there.
-
-    What happened after the checkpoint of ``step`` was saved is repeated now, so it does not count; what a rollback
-    ended does, or the same would be tried for ever.
-    """
-    told = list(events)
-    kept = 0
-    for number, event in enumerate(told, start=1):
-        saved = event["event"] == "checkpoint_saved" and event["step"] == step
-        if saved or (event["event"] == "recovery" and event.get("action") == "roll_back"):
-            kept = number
-    return attempts_of(told[:kept])

@@ -30,11 +30,11 @@ from llmtune.checkpoints.places import committed
 from llmtune.checkpoints.retention import FEWEST
 from llmtune.checkpoints.sharing import REBUILDABLE
 from llmtune.console import speaker
-from llmtune.errors import CheckpointError, LlmtuneError, TrainingError
+from llmtune.errors import CheckpointError, LlmtuneError, RecoveryExhausted, TrainingError
 from llmtune.runs import RunDirectory
 from llmtune.training.ranks import Ranks
+from llmtune.training.recovery import classify
 from llmtune.training.snapshot import RNG_NAME, Snapshot
-from llmtune.units import format_bytes
 
 # What changes from save to save; all else of a checkpoint is the same throughout a run.
 CHANGING = frozenset({OPTIMIZER_NAME, COMPRESSED, SCHEDULER_NAME, SCALER_NAME, TRAINER_STATE_NAME, RNG_NAME, MANIFEST})
@@ -85,7 +85,7 @@ class CheckpointSaver:
             needed_bytes: About how much is written.
 
         Raises:
-            TrainingError: It could not be written; says how much is needed and how much is free.
+            RecoveryExhausted: It could not be written; says how much is needed and how much is free.
             OutputError: The run directory is gone.
         """
         self._persist(step, write, facts, needed_bytes)
@@ -118,7 +118,7 @@ class CheckpointSaver:
             wait: Whether to wait for a save in flight.
 
         Raises:
-            TrainingError: See `save`.
+            RecoveryExhausted: See `save`.
         """
         if self._thread is None or (self._thread.is_alive() and not wait):
             return None
@@ -196,16 +196,18 @@ class CheckpointSaver:
             speaker.warn(f"nothing could be deleted in {self._checkpoints}: {error}")
             return ()
 
-    def _refused(self, step: int, refused: _NotWrittenError, needed_bytes: int) -> TrainingError:
-        needed_bytes = max(needed_bytes, self._usual_bytes())
-        room = f"about {format_bytes(needed_bytes)} ({needed_bytes} bytes) are needed, "
-        room += f"{format_bytes(refused.free_bytes)} ({refused.free_bytes} bytes) are free"
-        inodes = "" if refused.free_inodes else ", and no file can be added: the disk has no inodes left"
-        return TrainingError(
-            f"the checkpoint of step {step} could not be written to {self._checkpoints}, tried twice: {refused}; {room}"
-            f"{inodes}. The checkpoints before it stand. Make room or mend the disk, then continue with: "
-            f"llmtune resume {self._checkpoints.parent}"
+    def _refused(self, step: int, refused: _NotWrittenError, needed_bytes: int) -> RecoveryExhausted:
+        failure = classify(
+            refused.error,
+            step=step,
+            phase="save",
+            free_disk_bytes=lambda: refused.free_bytes,
+            free_inodes=lambda: refused.free_inodes,
+            needed_disk_bytes=max(needed_bytes, self._usual_bytes()),
         )
+        tries = "tried twice" if self._ranks.size == 1 else "tried once"
+        reason = f"the checkpoint of step {step} could not be written to {self._checkpoints}, {tries}: {refused}"
+        return RecoveryExhausted(failure, reason)
 
     def _usual_bytes(self) -> int:
         """Of the newest checkpoint, tokenizer and all."""
@@ -254,7 +256,9 @@ def _disk_refused(error: Exception, place: Path) -> _NotWrittenError | None:
     except OSError:
         return None if not isinstance(error, OSError) else _NotWrittenError(error, free_bytes=0, free_inodes=1)
     free, inodes = room.f_bavail * room.f_frsize, room.f_favail if room.f_files else 1
-    if isinstance(error, OSError | CheckpointError):
+    if isinstance(error, CheckpointError):  # what was read back is not what was written
+        error = OSError(errno.EIO, str(error))
+    if isinstance(error, OSError):
         return _NotWrittenError(error, free_bytes=free, free_inodes=inodes)
     full = free < NO_ROOM_BYTES or inodes == 0
     if full or isinstance(error, SafetensorError) or "PytorchStreamWriter" in str(error):

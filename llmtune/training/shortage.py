@@ -16,73 +16,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from llmtune.console import speaker
 from llmtune.data import IGNORED, EncodedDataset, padded
 from llmtune.errors import RecoveryExhausted, TrainingError
-from llmtune.planning import Plan
-from llmtune.planning.choice import Choice
 from llmtune.training.meter import free_caches, is_out_of_memory
-from llmtune.training.recovery import (
-    Attempt,
-    Failure,
-    FailureKind,
-    Remedy,
-    attempts_of,
-    note_incident,
-    note_recovery,
-    recovery,
-)
+from llmtune.training.recovery import Failure, FailureKind
 from llmtune.training.updates import Update
 
 if TYPE_CHECKING:
-    from llmtune.runs import RunDirectory
     from llmtune.training.ranks import Ranks
     from llmtune.training.trainer import UpdateTrainer
 
 CAUSE = "memory ran out in a pass"
 # Gradients are added up over the ranks in pieces of this size: what DDP's own buckets hold (torch's default, 25 MiB).
 BUCKET_BYTES = 25 * 2**20
-
-
-class Recoveries:
-    """Decides by the policy what to do about a failure of this run, and writes it down.
-
-    Args:
-        run: Gets an event for each incident and each recovery, and the next plan where one changes it.
-        plan: The plan in force; the probe replaces it.
-        writes: Whether this process writes the account of the run.
-    """
-
-    def __init__(self, run: RunDirectory, plan: Plan, *, writes: bool = True) -> None:
-        self.plan = plan
-        self.history: list[Attempt] = attempts_of(run.events())  # of earlier processes too
-        self._run, self._writes = run, writes
-
-    def decide(self, failure: Failure) -> Remedy:
-        """What to do; the same on every rank that was told of the same failures."""
-        remedy = recovery(failure, self.plan, self.history)
-        self.history.append(Attempt(failure=failure, action=remedy.action))
-        if self._writes:
-            note_incident(self._run, failure)
-        return remedy
-
-    def took(self, failure: Failure, remedy: Remedy, changes: dict[str, Any]) -> None:
-        """A remedy was applied: an event, a line, and the next plan with those ``changes`` that are choices of it."""
-        chosen: dict[str, Any] = {
-            name: Choice(value, f"{remedy.reason} (step {failure.step + 1})", "measured")
-            for name, value in changes.items()
-            if isinstance(before := getattr(self.plan, name, None), Choice) and before.value != value
-        }
-        self.plan = replace(self.plan, **chosen)
-        if not self._writes:
-            return
-        note_recovery(self._run, failure, replace(remedy, changes=changes))
-        if chosen:
-            memory, updates = self.plan.memory.peak_bytes, self.plan.updates.value
-            path = self._run.add_plan(self.plan.to_json())
-            self._run.event("plan", failure.step, file=path.name, memory_bytes=memory, updates=updates)
-        told = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in changes.items())
-        speaker.warn(f"step {failure.step + 1}: {remedy.reason} ({told})")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,10 +43,7 @@ class FailedPass:
 
 
 class Replays:
-    """Does updates, and does them again in smaller pieces where memory runs out.
-
-    Where its trainer has no ``recoveries``, the error ends the run.
-    """
+    """Does updates, and does them again in smaller pieces where memory runs out."""
 
     def __init__(self, trainer: UpdateTrainer, *, ranks: Ranks, data: EncodedDataset) -> None:
         self._trainer, self._ranks, self._data = trainer, ranks, data
@@ -145,7 +88,7 @@ class Replays:
             try:
                 total += trainer.forward_and_backward(model, batch, scale, reduces=reduces)
             except Exception as error:
-                if not is_out_of_memory(error) or trainer.recoveries is None:
+                if not is_out_of_memory(error):
                     raise
                 if self._ranks.is_sharded:
                     raise _over_ranks(error) from error
@@ -175,7 +118,6 @@ class Replays:
     def _mend(self, update: Update, failures: Sequence[FailedPass]) -> Update:
         """Apply the next remedy; returns the update as it is cut now."""
         trainer, recoveries = self._trainer, self._trainer.recoveries
-        assert recoveries is not None, "without it the error has been raised"
         worst = min(failures, key=lambda one: (one.rows > 1, one.tokens, one.rank))
         failure = _failure("out_of_memory", trainer.state.global_step, {"phase": "step", **asdict(worst)})
         remedy = recoveries.decide(failure)
@@ -204,7 +146,6 @@ class Replays:
             RecoveryExhausted: One row alone does not fit; names the longest.
         """
         trainer, recoveries = self._trainer, self._trainer.recoveries
-        assert recoveries is not None, "without it the error has been raised"
         multiple = trainer.collator(1).pad_multiple
         row = int(data.lengths.argmax())
         longest = padded(int(data.lengths[row]), multiple)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from llmtune.checkpoints import newest_verified, replace_directory, sweep_leftovers
+from llmtune.checkpoints import newest_verified, replace_directory, step_of, sweep_leftovers
 from llmtune.checkpoints.listing import CheckpointInfo
 from llmtune.config import RunConfig
 from llmtune.console import speaker
@@ -35,10 +35,11 @@ from llmtune.training.meter import MemoryMeter
 from llmtune.training.numerics import NumberGuard
 from llmtune.training.probe import BeforeFirstUpdate
 from llmtune.training.ranks import Ranks
+from llmtune.training.recoveries import Recoveries
+from llmtune.training.recovery import Budgets
 from llmtune.training.rewind import go_back, skipped_so_far
 from llmtune.training.rollback import RollBack
 from llmtune.training.saving import unreadable
-from llmtune.training.shortage import Recoveries
 from llmtune.training.trainer import LoopSettings, UpdateTrainer
 from llmtune.training.watchdog import Watchdog
 from llmtune.training.watchers import EventLog, ProgressDisplay, Watcher
@@ -97,7 +98,7 @@ def run_training(job: TrainingJob, resume_from: Path | None) -> TrainingOutcome:
     if job.plan.packing.value:
         require_own_positions(job.model.config, int(job.train_data.lengths.max()))
     stop = StopSignal()
-    trainer = _trainer(job, stop, resumes=resume_from is not None)
+    trainer = _trainer(job, stop, resume_from)
     guard = PreemptionGuard(stop if job.ranks.size == 1 else lambda: trainer.stop_agreed)
     watchdog = Watchdog(job.run, seconds=job.config.recover.hang_seconds, rank=job.ranks.rank)
     _add_guards(job, trainer, guard, watchdog)
@@ -169,8 +170,10 @@ def find_checkpoint(run: RunDirectory) -> Path | None:
     return newest_verified(run.checkpoints, rejected, unreadable)
 
 
-def _trainer(job: TrainingJob, stop: StopSignal, *, resumes: bool) -> UpdateTrainer:
+def _trainer(job: TrainingJob, stop: StopSignal, resume_from: Path | None) -> UpdateTrainer:
     plan, config, run = job.plan, job.config, job.run
+    resumes, step = resume_from is not None, 0 if resume_from is None else step_of(resume_from)
+    budgets = Budgets(skips=config.recover.skip_budget, rollbacks=config.recover.rollback_budget)
     evaluates = job.eval_data is not None
     settings = LoopSettings(
         global_batch_size=plan.global_batch_size.value,
@@ -182,7 +185,7 @@ def _trainer(job: TrainingJob, stop: StopSignal, *, resumes: bool) -> UpdateTrai
         checkpoint_facts=job.checkpoint_facts,
         evaluate=_user_metrics(job) if job.metrics and evaluates else None,
         stop_requested=stop,
-        recoveries=Recoveries(run, plan, writes=job.ranks.is_main),
+        recoveries=Recoveries(run, plan, ranks=job.ranks, budgets=budgets, step=step),
         memory_guard=config.recover.memory_guard,
         asynchronous=config.save.asynchronous,
         compress_optimizer=config.save.compress_optimizer,
@@ -217,13 +220,19 @@ def _add_guards(job: TrainingJob, trainer: UpdateTrainer, guard: PreemptionGuard
             preempted=lambda: guard.stopped,
         )
     )
-    trainer.numbers = NumberGuard(trainer=trainer, run=run, ranks=job.ranks, plan=plan, recover=config.recover)
+    trainer.numbers = NumberGuard(
+        trainer=trainer,
+        recoveries=trainer.recoveries,
+        checkpoints=run.checkpoints,
+        ranks=job.ranks,
+        spike_threshold=config.recover.spike_threshold,
+    )
     trainer.add_callback(trainer.numbers)
     trainer.add_callback(watchdog)
     trainer.add_callback(guard)
     if job.eval_data is None:
         return
-    trainer.add_callback(DivergenceGuard(trainer.numbers))
+    trainer.add_callback(DivergenceGuard(trainer.recoveries))
     if plan.patience.value is not None:
         trainer.add_callback(
             EarlyStopping(

@@ -37,8 +37,9 @@ from llmtune.training.continuity import Cursor
 from llmtune.training.memory_guard import MemoryGuard, guards
 from llmtune.training.meter import free_caches, is_out_of_memory
 from llmtune.training.ranks import Ranks
+from llmtune.training.recoveries import Recoveries
 from llmtune.training.saved_facts import manifest_facts
-from llmtune.training.shortage import Recoveries, Replays
+from llmtune.training.shortage import Replays
 from llmtune.training.updates import Update, UpdateCollator, UpdateLoader, UpdateSampler
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class LoopSettings:
         checkpoint_facts: Identity of the run, written to every manifest.
         evaluate: Computes the user's metrics on the model; None when there are none.
         stop_requested: Whether this process was asked to stop; ranks agree on it once per update.
-        recoveries: Decides what is done when memory runs out; None ends the run with the error.
+        recoveries: Decides what is done when memory runs out.
         memory_guard: Whether passes on a CPU are guarded against the kernel.
         asynchronous: Whether checkpoints are written in the background, from a copy in host memory.
         compress_optimizer: Whether they keep the optimizer's state compressed.
@@ -84,7 +85,7 @@ class LoopSettings:
     checkpoint_facts: Mapping[str, Any]
     evaluate: Callable[[torch.nn.Module], dict[str, float]] | None
     stop_requested: Callable[[], bool]
-    recoveries: Recoveries | None = None
+    recoveries: Recoveries
     memory_guard: bool = True
     asynchronous: bool = False
     compress_optimizer: bool = False
@@ -317,7 +318,7 @@ class UpdateTrainer(CommittingTrainer):
             try:
                 part = self._score(data, budget)
             except Exception as error:
-                if self.recoveries is None or self._ranks.is_sharded or not is_out_of_memory(error):
+                if self._ranks.is_sharded or not is_out_of_memory(error):
                     raise
                 failed = str(error)
             else:

@@ -77,11 +77,9 @@ def times(root: Path, model: Path) -> None:
         blocking.append(self.save_blocking_seconds)
 
     training.UpdateTrainer._save_behind = noted
-    plain = training.LoopSettings
     how = {"max_steps": STEPS, "rank": RANK, "eval_fraction": 0, "probe": False}
     stock = stock_save_seconds(str(model), root / "stock", steps=STEPS, rank=RANK)
     tune(model, root / "foreground", **how)
-    training.LoopSettings = lambda **given: plain(**given | {"asynchronous": True})
     tune(model, root / "background", **how, **{"save.asynchronous": True})
     ours = [event["seconds"] for event in events(root / "foreground", "checkpoint_saved")]
     newest = root / "foreground" / "checkpoints" / f"checkpoint-{STEPS}"

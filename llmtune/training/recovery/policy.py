@@ -227,7 +227,7 @@ LADDERS: Mapping[FailureKind, tuple[Rung, ...]] = {
         ),
         Rung(
             action="offload_activations",
-            why="activations wait in host memory, and the loss is computed in smaller chunks",
+            why="what activations are recomputed from waits in host memory",
             applies=_keeps_them_on_device,
             changes=lambda failure, taken: {"activation_offload": True},
         ),
