@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bench_faults.py                # the table of faults, about ten minutes on two cores
     python tests/benchmarks/bench_faults.py --points 0     # every mutating system call instead of some
-    python tests/benchmarks/bench_faults.py --times        # what saves cost; nothing else may run
+    python tests/benchmarks/bench_faults.py --times        # what saves and guards cost; nothing else may run
 
 Faults: each trial is the fork of one run, killed by strace at a system call inside a save, or the finished save with
 one file damaged. A process that has never seen the run continues it. Counted: it ends bit for bit as the run that
@@ -10,7 +10,9 @@ nothing happened to; it stops and says so; it ends differently and says nothing.
 
 Times, all of one run each on the same disk: a save in the foreground against the stock Trainer's plus the fsync that it
 leaves out (asked: at most 1.3 times), and how long a save in the background stops training (asked: at most a tenth of
-one in the foreground).
+one in the foreground). And how much of an update of about half a second goes into guards and monitoring (asked: at most
+1 %): callbacks, the judgement of loss and gradient norm beyond the norm that clipping takes anyway, the memory guard and
+the copy of random states. It is what their calls take, on the training thread.
 """
 
 from __future__ import annotations
@@ -19,7 +21,10 @@ import argparse
 import platform
 import sys
 import tempfile
+import time
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
@@ -92,10 +97,64 @@ def times(root: Path, model: Path) -> None:
     )
 
 
+def overhead(root: Path, model: Path) -> None:
+    """What guards and monitoring take of each update."""
+    from transformers.trainer_callback import CallbackHandler
+    from tuning import history, tune
+
+    from llmtune.runs import RunDirectory
+    from llmtune.training import memory_guard, numerics, shortage
+
+    spent: Counter[str] = Counter()
+
+    def timed(place: Any, name: str, told: str, counts: Callable[..., bool] = lambda *given: True) -> None:
+        usual = getattr(place, name)
+
+        def wrapped(*args: Any, **named: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return usual(*args, **named)
+            finally:
+                spent[told] += (time.perf_counter() - began) * counts(*args)
+
+        setattr(place, name, wrapped)
+
+    usual_passing = memory_guard.MemoryGuard.passing
+
+    @contextmanager
+    def passing(guard: Any, tokens: int) -> Iterator[None]:
+        began = time.perf_counter()
+        with usual_passing(guard, tokens):
+            spent["memory guard"] += time.perf_counter() - began
+            yield
+            began = time.perf_counter()
+        spent["memory guard"] += time.perf_counter() - began
+
+    per_update = ("on_step_begin", "on_pre_optimizer_step", "on_optimizer_step", "on_step_end", "on_log")
+    timed(CallbackHandler, "call_event", "callbacks", lambda handler, event, *rest: event in per_update)
+    timed(numerics.NumberGuard, "clip", "loss and gradient norm, clipping included")
+    timed(numerics, "get_total_norm", "of these the norm")
+    timed(numerics, "clip_grads_with_norm_", "of these the clipping")
+    timed(shortage, "random_states", "random states")
+    memory_guard.MemoryGuard.passing = passing
+    rows = [{"question": f"Who keeps lamp {n}?", "answer": "The keeper of it does. " * 30} for n in range(64)]
+    tune(model, root / "run", rows, max_steps=STEPS, rank=16, eval_fraction=0, **{"save.every_steps": STEPS})
+    seconds = [step["step_seconds"] for step in RunDirectory.open(root / "run").steps()]
+    assert len(history(root / "run")) == STEPS
+    norm_and_clipping = spent.pop("of these the norm") + spent.pop("of these the clipping")
+    ours = sum(spent.values()) - norm_and_clipping
+    print(
+        f"\n{STEPS} updates of {median(seconds):.3f} s (median), norm and clipping {norm_and_clipping / STEPS * 1e3:.2f} ms"
+    )
+    for told, of_all in spent.items():
+        print(f"{told:<42} {of_all / STEPS * 1e3:7.2f} ms")
+    print(f"{'guards and monitoring without the clipping':<42} {ours / STEPS * 1e3:7.2f} ms, {ours / sum(seconds):.2%}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--points", type=int, default=24, help="kills inside a save; 0 is one at every call")
-    parser.add_argument("--times", action="store_true", help="what saves cost, instead of the faults")
+    parser.add_argument("--times", action="store_true", help="what saves and guards cost, instead of the faults")
     parser.add_argument("--place", help="a directory on the disk to measure; a temporary one if not given")
     given = parser.parse_args()
     shown = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
@@ -104,7 +163,9 @@ def main() -> None:
         root = Path(name)
         if given.times:
             shape = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8}
-            times(root, save_family_model("llama", root / "model", **shape, num_key_value_heads=8))
+            larger = save_family_model("llama", root / "model", **shape, num_key_value_heads=8)
+            times(root, larger)
+            overhead(root, larger)
         else:
             faults(given.points, root, save_family_model("llama", root / "TinyLlama-test"))
 
