@@ -11,8 +11,8 @@ nothing happened to; it stops and says so; it ends differently and says nothing.
 Times, all of one run each on the same disk: a save in the foreground against the stock Trainer's plus the fsync that it
 leaves out (asked: at most 1.3 times), and how long a save in the background stops training (asked: at most a tenth of
 one in the foreground). And how much of an update of about half a second goes into guards and monitoring (asked: at most
-1 %): callbacks, the judgement of loss and gradient norm beyond the norm that clipping takes anyway, the memory guard and
-the copy of random states. It is what their calls take, on the training thread.
+1 %): callbacks, the judgement of loss and gradient norm beyond the norm that clipping takes anyway, memory guard, and the
+copy of random states. It is what their calls take, on the training thread.
 """
 
 from __future__ import annotations
@@ -144,7 +144,8 @@ def overhead(root: Path, model: Path) -> None:
     norm_and_clipping = spent.pop("of these the norm") + spent.pop("of these the clipping")
     ours = sum(spent.values()) - norm_and_clipping
     print(
-        f"\n{STEPS} updates of {median(seconds):.3f} s (median), norm and clipping {norm_and_clipping / STEPS * 1e3:.2f} ms"
+        f"\n{STEPS} updates of {median(seconds):.3f} s (median); "
+        f"norm and clipping, which stock does too, {norm_and_clipping / STEPS * 1e3:.2f} ms"
     )
     for told, of_all in spent.items():
         print(f"{told:<42} {of_all / STEPS * 1e3:7.2f} ms")
