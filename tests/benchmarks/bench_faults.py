@@ -11,8 +11,8 @@ nothing happened to; it stops and says so; it ends differently and says nothing.
 Times, all of one run each on the same disk: a save in the foreground against the stock Trainer's plus the fsync that it
 leaves out (asked: at most 1.3 times), and how long a save in the background stops training (asked: at most a tenth of
 one in the foreground). And how much of an update of about half a second goes into guards and monitoring (asked: at most
-1 %): callbacks, the judgement of loss and gradient norm beyond the norm that clipping takes anyway, memory guard, and the
-copy of random states. It is what their calls take, on the training thread.
+1 %): callbacks, the judgement of loss and gradient norm beyond the norm that clipping takes anyway, memory guard, copy
+of random states. It is what their calls take, on the training thread.
 """
 
 from __future__ import annotations
