@@ -174,7 +174,14 @@ def goes_on_as(whole: Path, run: Path) -> None:
 # ---------------------------------------------------------------------- 49 to 51: signals
 
 
-@pytest.mark.parametrize("when", ["before the data", "data are read", "weights are loaded"])
+@pytest.mark.parametrize(
+    "when",
+    [
+        pytest.param("before the data", marks=pytest.mark.sweep),
+        pytest.param("data are read", marks=pytest.mark.sweep),
+        "weights are loaded",
+    ],
+)
 def test_fault_49_sigterm_before_the_loop(place: Path, how: Any, whole: Path, tmp_path: Path, when: str) -> None:
     """From the command line, since what is before training is the command's."""
     run = place / f"load-{when.replace(' ', '-')}"
@@ -227,6 +234,7 @@ def test_fault_49_sigterm_in_an_evaluation(place: Path, how: Any, whole: Path) -
     assert history(run.path) == history(whole)
 
 
+@pytest.mark.sweep
 def test_fault_49_sigterm_in_the_evaluation_of_the_base_model(place: Path, how: Any, whole: Path) -> None:
     extra = {"evaluate.metric_rows": 2, "max_new_tokens": 2}
     code, err = ended(drive(place, how("term-base", **extra), "evaluation", measures=True, call=2))
@@ -331,8 +339,15 @@ def test_fault_53_a_step_hangs(place: Path, how: Any, whole: Path) -> None:
 # ---------------------------------------------------------------------- 54: ranks
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
+@pytest.mark.parametrize(
+    ("rank", "number"),
+    [
+        pytest.param(1, signal.SIGKILL, id="second killed"),
+        pytest.param(0, signal.SIGSTOP, id="main frozen"),
+        pytest.param(0, signal.SIGKILL, id="main killed", marks=pytest.mark.sweep),
+        pytest.param(1, signal.SIGSTOP, id="second frozen", marks=pytest.mark.sweep),
+    ],
+)
 def test_fault_54_a_rank_is_gone(place: Path, how: Any, rank: int, number: int) -> None:
     name = f"rank-{rank}-{int(number)}"
     asked = how(name) | {"recover.hang_seconds": 6, "global_batch_size": 6}

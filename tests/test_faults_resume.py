@@ -85,7 +85,7 @@ def test_fault_26_cut_and_resumed_again(family_model: Model, tmp_path: Path, dea
         pytest.param({"callbacks": [RandomNoise()]}, id="random draws"),
         pytest.param({"micro_batch_size": 2, "token_budget": 128}, id="grouped by length"),
         pytest.param({"packing": True, "token_budget": 128}, id="packed"),
-        pytest.param({"num_workers": 1}, id="a loader process", marks=pytest.mark.slow),
+        pytest.param({"num_workers": 1}, id="a loader process", marks=pytest.mark.sweep),
     ],
 )
 @pytest.mark.parametrize("k", [6, 7], ids=["between epochs", "in the third epoch"])

@@ -313,7 +313,9 @@ def test_a_rolled_back_run_that_dies_goes_on_as_it_would_have(family_model: Mode
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+@pytest.mark.parametrize(
+    "asynchronous", [pytest.param(False, id="sync"), pytest.param(True, id="async", marks=pytest.mark.sweep)]
+)
 def test_verify_resume_proves_equality(family_model: Model, tmp_path: Path, asynchronous: bool) -> None:
     from llmtune.config import load_config
 
