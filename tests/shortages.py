@@ -73,9 +73,10 @@ class RunsOut(TrainerCallback):
         self._step, self._passes_of_step = state.global_step + 1, 0
 
     def _look(self, module: Any, args: Any, kwargs: Any) -> None:
-        ids, positions = kwargs["input_ids"], kwargs.get("position_ids")
+        ids = kwargs["input_ids"]
+        packed = "position_ids" in kwargs and "labels" in kwargs  # generation gives positions too
         self._tokens = ids.numel()
-        self._rows = len(ids) if positions is None else len(rows_of(kwargs))
+        self._rows = len(rows_of(kwargs)) if packed else len(ids)
 
     def _forward(self, module: Any, args: Any, output: Any) -> None:
         if self.in_evaluation and not module.training:

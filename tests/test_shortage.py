@@ -239,6 +239,26 @@ def test_evaluation_has_its_own_size(model: Path, tmp_path: Path, unharmed: Any)
     assert len(plans_of(tmp_path / "run")) == 1
 
 
+def test_answers_have_their_own_size(model: Path, tmp_path: Path) -> None:
+    """Three prompts at once, then one; the answers are the same, and a metric sees them all."""
+
+    def answered(run: Path) -> list[tuple[str, str, str]]:
+        return [(event["prompt"], event["base"], event["tuned"]) for event in events(run, "sample")]
+
+    seen: list[int] = []
+    how: dict[str, Any] = {"num_samples": 3, "evaluate.max_new_tokens": 4, "max_steps": 2}
+    how |= {"metrics": {"count": lambda answers, references: seen.append(len(answers)) or 1.0}}
+    tune(model, tmp_path / "whole", **how)
+    asked = list(seen)
+    fault = RunsOut(above_rows=1, in_evaluation=True)
+    with changed_models(fault):
+        tune(model, tmp_path / "run", callbacks=[fault], **how)
+    assert answered(tmp_path / "run") == answered(tmp_path / "whole")
+    assert seen == asked * 2
+    told = [event for event in events(tmp_path / "run", "recovery") if "prompts_at_once" in event]
+    assert [event["prompts_at_once"] for event in told] == [1]
+
+
 # --- cutting: pure ----------------------------------------------------------------------------------------------------
 
 

@@ -50,15 +50,21 @@ def prompts_of(data: EncodedDataset, tokenizer: Any, count: int) -> list[Prompt]
 
 @torch.no_grad()
 def answer(
-    model: Any, tokenizer: Any, prompts: Sequence[Prompt], *, max_new_tokens: int, device: torch.device | str
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    device: torch.device | str,
+    rows_at_once: int = ROWS_AT_ONCE,
 ) -> list[str]:
-    """Greedy continuations up to the stop token, in the order of ``prompts``."""
+    """Greedy continuations up to the stop token, in the order of ``prompts``; ``rows_at_once`` of them together."""
     was_training = model.training
     model.eval()
     answers: list[str] = []
     try:
-        for start in range(0, len(prompts), ROWS_AT_ONCE):
-            group = prompts[start : start + ROWS_AT_ONCE]
+        for start in range(0, len(prompts), rows_at_once):
+            group = prompts[start : start + rows_at_once]
             width = max(len(prompt.input_ids) for prompt in group)
             ids = torch.full((len(group), width), tokenizer.pad_token_id, dtype=torch.long)
             mask = torch.zeros_like(ids)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 
 from llmtune.checkpoints import newest_verified, replace_directory, step_of, sweep_leftovers
@@ -18,9 +17,10 @@ from llmtune.config import RunConfig
 from llmtune.console import speaker
 from llmtune.data import EncodedDataset
 from llmtune.errors import ConfigError, Preempted
-from llmtune.evaluation import Metric, Prompt, answer, as_base, prompts_of
+from llmtune.evaluation import Metric, prompts_of
 from llmtune.planning import Plan, PlanRequest
 from llmtune.runs import RunDirectory
+from llmtune.training.answers import Answers, base_answers, tell_samples, user_metrics
 from llmtune.training.arguments import greater_is_better, metric_key, training_arguments
 from llmtune.training.continuity import Continuity, Cursor, find_best, has_ended
 from llmtune.training.divergence import DivergenceGuard
@@ -106,8 +106,11 @@ def run_training(job: TrainingJob, resume_from: Path | None) -> TrainingOutcome:
     for callback in job.callbacks:
         trainer.add_callback(callback)
     evaluates = job.eval_data is not None
+    answers = Answers(job, trainer)
+    if job.metrics and evaluates:
+        trainer.measures = user_metrics(job, answers)
     prompts = prompts_of(job.eval_data, job.tokenizer, job.config.evaluate.num_samples) if job.eval_data else []
-    base_answers = _base_answers(job, prompts, trainer.args.device)
+    base = base_answers(job, answers, prompts)
     with stop.listening(), watchdog:
         _train(job, trainer, resume_from)
     if guard.stopped and trainer.state.global_step < trainer.state.max_steps:
@@ -117,7 +120,7 @@ def run_training(job: TrainingJob, resume_from: Path | None) -> TrainingOutcome:
     metrics = {"train_loss": _mean_loss(trainer.state.log_history)}
     if evaluates:
         metrics |= _final_metrics(trainer.state.log_history, best)
-    _tell_samples(job, prompts, base_answers, trainer, best)
+    tell_samples(job, answers, prompts, base, trainer.state.global_step if best is None else best)
     _save_final(job, trainer)
     return TrainingOutcome(steps=trainer.state.global_step, metrics=metrics, best_step=best)
 
@@ -183,7 +186,6 @@ def _trainer(job: TrainingJob, stop: StopSignal, resume_from: Path | None) -> Up
         pad_multiple=plan.pad_multiple.value,
         pass_overhead_tokens=plan.pass_overhead_tokens.value,
         checkpoint_facts=job.checkpoint_facts,
-        evaluate=_user_metrics(job) if job.metrics and evaluates else None,
         stop_requested=stop,
         recoveries=Recoveries(run, plan, ranks=job.ranks, budgets=budgets, step=step),
         memory_guard=config.recover.memory_guard,
@@ -256,49 +258,6 @@ def _add_watchers(job: TrainingJob, trainer: UpdateTrainer) -> None:
         events = EventLog(job.run, trainer, meter.peak_of_tensors)
         trainer.add_callback(Watcher(events, ProgressDisplay(meter.peak_of_tensors)))
         trainer.add_callback(CheckpointCleanup(job.run, job.plan.keep_checkpoints.value))
-
-
-def _user_metrics(job: TrainingJob) -> Callable[[torch.nn.Module], dict[str, float]]:
-    assert job.eval_data is not None
-    prompts = prompts_of(job.eval_data, job.tokenizer, job.config.evaluate.metric_rows)
-    references = [prompt.reference for prompt in prompts]
-
-    def measure(model: torch.nn.Module) -> dict[str, float]:
-        device = next(model.parameters()).device
-        answers = answer(
-            model, job.tokenizer, prompts, max_new_tokens=job.config.evaluate.max_new_tokens, device=device
-        )
-        return {name: float(metric(answers, references)) for name, metric in job.metrics.items()}
-
-    return measure
-
-
-def _base_answers(job: TrainingJob, prompts: list[Prompt], device: torch.device) -> list[str]:
-    """Answers of the untouched base model. Full fine-tuning changes it, so they are noted before step 1."""
-    if not prompts or job.ranks.is_sharded or not job.ranks.is_main:
-        return []
-    known = {event["prompt"]: event["base"] for event in job.run.events() if event["event"] == "sample"}
-    if all(prompt.text in known for prompt in prompts):
-        return [known[prompt.text] for prompt in prompts]
-    with as_base(job.model):
-        answers = answer(
-            job.model, job.tokenizer, prompts, max_new_tokens=job.config.evaluate.max_new_tokens, device=device
-        )
-    for prompt, text in zip(prompts, answers, strict=True):
-        job.run.event("sample", 0, prompt=prompt.text, reference=prompt.reference, base=text, tuned=None)
-    return answers
-
-
-def _tell_samples(
-    job: TrainingJob, prompts: list[Prompt], base: list[str], trainer: UpdateTrainer, best: int | None
-) -> None:
-    if not base:
-        return
-    step = trainer.state.global_step if best is None else best
-    limit = job.config.evaluate.max_new_tokens
-    tuned = answer(trainer.model, job.tokenizer, prompts, max_new_tokens=limit, device=trainer.args.device)
-    for prompt, before, after in zip(prompts, base, tuned, strict=True):
-        job.run.event("sample", step, prompt=prompt.text, reference=prompt.reference, base=before, tuned=after)
 
 
 def _mean_loss(history: list[dict[str, Any]]) -> float:

@@ -68,7 +68,6 @@ class LoopSettings:
         pad_multiple: Widths of padded rows are multiples of this.
         pass_overhead_tokens: See `micro_batches`.
         checkpoint_facts: Identity of the run, written to every manifest.
-        evaluate: Computes the user's metrics on the model; None when there are none.
         stop_requested: Whether this process was asked to stop; ranks agree on it once per update.
         recoveries: Decides what is done when memory runs out.
         memory_guard: Whether passes on a CPU are guarded against the kernel.
@@ -83,7 +82,6 @@ class LoopSettings:
     pad_multiple: int
     pass_overhead_tokens: int | None
     checkpoint_facts: Mapping[str, Any]
-    evaluate: Callable[[torch.nn.Module], dict[str, float]] | None
     stop_requested: Callable[[], bool]
     recoveries: Recoveries
     memory_guard: bool = True
@@ -123,6 +121,7 @@ class UpdateTrainer(CommittingTrainer):
         self._evaluation_budget: int | None = None  # where it is not that of updates
         self.skipped: set[int] = set()  # updates, counted from 0, whose rows are not learned from
         self.numbers: NumberGuard | None = None
+        self.measures: Callable[[], dict[str, float]] | None = None  # the user's metrics, as the model is now
         self.stop_agreed = False
         self.evaluation_seconds = 0.0  # of the latest one
         super().__init__(
@@ -299,8 +298,8 @@ class UpdateTrainer(CommittingTrainer):
             f"{metric_key_prefix}_perplexity": scores.perplexity,
             f"{metric_key_prefix}_tokens": scores.num_tokens,
         }
-        if self._settings.evaluate is not None:
-            own = self._settings.evaluate(self.model) if self._ranks.is_main else {}
+        if self.measures is not None:
+            own = self.measures() if self._ranks.is_main else {}
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in self._ranks.from_main(own).items()}
         self.evaluation_seconds = time.perf_counter() - began
         self.log(dict(metrics))  # log() adds to what it is given
@@ -318,7 +317,7 @@ class UpdateTrainer(CommittingTrainer):
             try:
                 part = self._score(data, budget)
             except Exception as error:
-                if self._ranks.is_sharded or not is_out_of_memory(error):
+                if self.is_sharded or not is_out_of_memory(error):
                     raise
                 failed = str(error)
             else:
@@ -326,8 +325,17 @@ class UpdateTrainer(CommittingTrainer):
             free_caches(self.args.device)
             self._evaluation_budget = self._replays.smaller_evaluation(failed, data, budget)
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether the model is spread over the ranks, so that nothing can be done again by one of them."""
+        return self._ranks.is_sharded
+
+    def watched(self) -> contextlib.AbstractContextManager[None]:
+        """A block of forward passes in which the memory guard looks, if there is one."""
+        return contextlib.nullcontext() if self._guard is None else self._guard.watching()
+
     def _score(self, data: EncodedDataset, token_budget: int) -> Scores:
-        with contextlib.nullcontext() if self._guard is None else self._guard.watching():
+        with self.watched():
             return score(
                 self.model_wrapped if self.is_fsdp_enabled or self.is_deepspeed_enabled else self.model,
                 data,

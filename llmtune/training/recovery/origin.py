@@ -29,7 +29,7 @@ _PHASES = {
     "call_event": "callback",
 }
 # The function of ours that calls the user's metrics.
-_CALLS_METRICS = "_user_metrics.<locals>.measure"
+_CALLS_METRICS = "user_metrics.<locals>.measure"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
