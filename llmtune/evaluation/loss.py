@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from llmtune.data import IGNORED, EncodedDataset, collate, micro_batches
+from llmtune.kernels.attention import mask_is_needed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,13 +49,14 @@ def score(
     rows = range(rank, len(data), num_ranks)
     was_training = model.training
     model.eval()
-    total, tokens = 0.0, 0
+    masked = mask_is_needed(getattr(model, "module", model).config)  # DeepSpeed wraps it
+    total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
     try:
         for piece in micro_batches(data.lengths, rows, token_budget=token_budget, pad_multiple=pad_multiple):
             padded = collate([data[row] for row in piece], pad_token_id, pad_multiple=pad_multiple)
-            batch = {name: tensor.to(device) for name, tensor in padded.items()}
-            total += float(model(**batch, num_items_in_batch=1).loss)
-            tokens += int((batch["labels"][:, 1:] != IGNORED).sum())
+            tokens += int((padded["labels"][:, 1:] != IGNORED).sum())
+            batch = {name: tensor.to(device) for name, tensor in padded.items() if masked or name != "attention_mask"}
+            total += model(**batch, num_items_in_batch=1).loss
     finally:
         model.train(was_training)
-    return Scores(loss_sum=total, num_tokens=tokens)
+    return Scores(loss_sum=float(total), num_tokens=tokens)

@@ -243,6 +243,7 @@ class FineTuner:
         import torch
         from transformers import set_seed
 
+        from llmtune.kernels import attach_kernels
         from llmtune.models import load_for_training, require_lasting
         from llmtune.training import TrainingJob
 
@@ -274,6 +275,8 @@ class FineTuner:
             targets=plan.targets.value,
             device=ranks.device,
         )
+        for reason in attach_kernels(weights, sharded=ranks.is_sharded):
+            speaker.say(f"not on the fast path: {reason}")
         if ranks.is_main:
             base = facts.base_of(model.location)
             continuing.take_up(run, self._identity(model, data), self.config, base, continued, resume_from)

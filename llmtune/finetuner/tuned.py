@@ -157,8 +157,10 @@ class TunedRun:
         return torch.autocast(torch.device(self._device).type, dtype=dtype)
 
     def _load(self, *, tuned: bool) -> Any:
+        from llmtune.kernels import attach_kernels
+
         full = self.plan.method.value == "full"
-        return load_tuned(
+        model = load_tuned(
             self.location,
             adapter_dir=self.run.adapter if tuned and not full else None,
             model_dir=self.run.model if tuned and full else None,
@@ -166,6 +168,8 @@ class TunedRun:
             quantization=self.plan.quantization.value,
             device=self._device,
         )
+        attach_kernels(model)  # the arithmetic of training: the same weights score the same
+        return model
 
     def _model_facts(self) -> facts.Model:
         preset = Preset.recognise(name=self.plan.model.value)

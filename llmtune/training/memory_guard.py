@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from llmtune.hardware.cgroup import read_limits
+from llmtune.kernels.head import attached_rows
 from llmtune.training.meter import peak_since_last_asked, resident_bytes, trim_heap
 from llmtune.units import format_bytes
 
@@ -91,7 +92,7 @@ class MemoryGuard:
         with ExitStack() as stack:
             for layer in _layers(self._model):
                 stack.callback(layer.register_forward_hook(self._after_layer).remove)
-            head = _head(self._model)
+            head = None if attached_rows(self._model) else _head(self._model)
             if head is not None:
                 stack.callback(head.register_forward_pre_hook(self._before_logits).remove)
             yield

@@ -32,6 +32,8 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from llmtune.data import EncodedDataset, epoch_order
 from llmtune.evaluation import Scores, score
+from llmtune.kernels.attention import mask_is_needed
+from llmtune.kernels.documents import variable_lengths
 from llmtune.training.committing import CommittingTrainer
 from llmtune.training.continuity import Cursor
 from llmtune.training.memory_guard import MemoryGuard, guards
@@ -117,6 +119,7 @@ class UpdateTrainer(CommittingTrainer):
         self.last_update: StepFacts | None = None
         self.recoveries = settings.recoveries
         self._replays = Replays(self, ranks=ranks, data=train_data)
+        self._masked = mask_is_needed(model.config)
         self._guard = MemoryGuard(model) if settings.memory_guard and guards(args.device) else None
         self._evaluation_budget: int | None = None  # where it is not that of updates
         self.skipped: set[int] = set()  # updates, counted from 0, whose rows are not learned from
@@ -234,10 +237,19 @@ class UpdateTrainer(CommittingTrainer):
         self.accelerator.gradient_state._set_sync_gradients(reduces)
         guarded = contextlib.nullcontext() if self._guard is None else self._guard.passing(batch["input_ids"].numel())
         with contextlib.nullcontext() if reduces else self.accelerator.no_sync(model), guarded:
-            loss = model(**self._prepare_inputs(batch), num_items_in_batch=1).loss * scale
+            loss = model(**self._prepare_inputs(self._for_model(batch)), num_items_in_batch=1).loss * scale
             self.accelerator.backward(loss)
         summed: torch.Tensor = loss.detach().float()
         return summed
+
+    def _for_model(self, batch: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """A micro-batch as the model is given it: no mask where none is needed, where documents end on CUDA."""
+        given: dict[str, Any] = {
+            name: tensor for name, tensor in batch.items() if self._masked or name != "attention_mask"
+        }
+        if "position_ids" in batch and self.args.device.type == "cuda":
+            given |= variable_lengths(batch["position_ids"])
+        return given
 
     def _agree(self, update: Update) -> StepFacts:
         counts = [

@@ -1,0 +1,36 @@
+"""The fast path: loss on supervised rows alone, arithmetic of adapters, attention without masks that are not needed.
+
+Each part computes what transformers and PEFT compute, or stands back and says why.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+# Rows of logits that are there at once. Of 128, 256, 512 and 1,024 the fastest or within 3 % of it, forward and
+# backward on an AMX core, for vocabularies of 49,152 and 151,936 words.
+CHUNK_ROWS = 512
+
+
+def attach_kernels(model: Any, *, sharded: bool = False) -> tuple[str, ...]:
+    """Put a loaded causal language model, with its adapter if it has one, on the fast path.
+
+    Names of modules and weights stay as they are: what is saved loads with transformers and PEFT alone.
+
+    Args:
+        model: As it was loaded, before anything wraps it.
+        sharded: Whether its weights will be spread over the ranks, where they are not whole.
+
+    Returns:
+        A sentence for each part that leaves this model as it is.
+    """
+    if sharded:
+        return ("the model is spread over the ranks and computes as transformers does",)
+    from llmtune.kernels.adapters import attach_adapters
+    from llmtune.kernels.attention import attach_attention
+    from llmtune.kernels.head import attach_loss
+
+    refused = (attach_attention(model), attach_loss(model, chunk_rows=CHUNK_ROWS))
+    adapters = attach_adapters(model) if hasattr(model, "peft_config") else None
+    reasons = adapters.reasons if adapters is not None and adapters.num_left else ()
+    return (*(reason for reason in refused if reason is not None), *reasons)
