@@ -154,12 +154,12 @@ def test_a_save_in_flight_is_finished_before_an_error_leaves_the_loop(family_mod
 
 
 def test_what_is_written_later_is_what_was_true_when_it_was_copied() -> None:
-    from llmtune.training.snapshot import in_host_memory
+    from llmtune.training.snapshot import Copies, in_host_memory
 
     tensor = torch.arange(4.0)
     pair = (0.9, 0.999)
     state = {"state": {0: {"a": tensor, "b": tensor.view(2, 2)}}, "groups": [{"betas": pair}, {"betas": pair}]}
-    copied = in_host_memory(state, {})
+    copied = in_host_memory(state, Copies({}))
     tensor.add_(1)
     state["groups"][0]["betas"] = None
     assert torch.equal(copied["state"][0]["a"], torch.arange(4.0))

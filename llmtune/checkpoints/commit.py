@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from llmtune.checkpoints import durable
-from llmtune.checkpoints.manifest import describe, remember, verify, write_manifest
+from llmtune.checkpoints.manifest import Entry, entry_of, names_of, remember, verify, write_manifest
 from llmtune.checkpoints.places import QUARANTINE_PREFIX as QUARANTINE_PREFIX
 from llmtune.checkpoints.places import quarantine_of, trash_of
 from llmtune.checkpoints.places import staging_root as staging_root
-from llmtune.checkpoints.sharing import share
+from llmtune.checkpoints.sharing import REBUILDABLE, share
 from llmtune.errors import CheckpointError, OutputError
 
 # What the Trainer leaves in a save that must not be kept: pickled arguments, access token included.
@@ -52,22 +53,54 @@ def commit(staged: Path, final: Path, facts: Mapping[str, Any]) -> Path:
         set_aside(final)
     for name in UNWANTED:
         (staged / name).unlink(missing_ok=True)
-    files = describe(staged)
-    for name in files:
-        (staged / name).chmod(0o644)  # safetensors writes 0600
-    linked = share(staged, files, final.parent)
-    for name in files.keys() - linked:
-        durable.sync(staged / name)
-    write_manifest(staged, facts, files)
+    write_manifest(staged, facts, _settled(staged, final.parent))
     for directory in reversed(durable.tree(staged)[1]):
         durable.sync(directory)
-    result = verify(staged)
+    result = verify(staged, contents=False)
     if not result.ok:
         raise CheckpointError(f"{final.name} did not read back as written: {result.reason}")
     staged.rename(final)
     durable.sync(final.parent)
     remember(final)
     return final
+
+
+def _settled(staged: Path, checkpoints: Path) -> dict[str, Entry]:
+    """Force every file to disk and read it back from there; returns what the manifest says of them.
+
+    Hashing takes as long as the disk does, so it is done beside: once of what was written, once of what is read back.
+
+    Raises:
+        CheckpointError: What was read back is not what was written.
+    """
+    sizes = {name: (staged / name).stat().st_size for name in names_of(staged)}
+    largest_first = sorted(sizes, key=lambda name: (name not in REBUILDABLE, sizes[name]), reverse=True)
+    with ThreadPoolExecutor(max_workers=2, thread_name_prefix="llmtune-hash") as beside:
+        written = {name: beside.submit(entry_of, staged / name) for name in largest_first}
+        for name in largest_first:
+            (staged / name).chmod(0o644)  # safetensors writes 0600
+        read_back: dict[str, Future[Entry]] = {}
+
+        def settle(name: str) -> None:
+            durable.sync(staged / name)
+            read_back[name] = beside.submit(_read_back, staged / name, written[name])
+
+        for name in largest_first:
+            if name not in REBUILDABLE:
+                settle(name)
+        files = {name: entry.result() for name, entry in written.items()}
+        for name in files.keys() - share(staged, files, checkpoints) - read_back.keys():
+            settle(name)
+        for name, entry in read_back.items():
+            if entry.result() != files[name]:
+                raise CheckpointError(f"{staged.name} did not read back as written: {name} has another SHA-256")
+    return files
+
+
+def _read_back(path: Path, written: Future[Entry]) -> Entry:
+    written.result()  # of what was written, which is in memory until here
+    durable.forget(path)
+    return entry_of(path)
 
 
 def set_aside(checkpoint: Path) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def sync(path: Path) -> None:
-    """Force one file or directory to disk; reading it afterwards asks the disk, where the system knows how.
+    """Force one file or directory to disk.
 
     Raises:
         OSError: As the system says. What the file holds on disk is unknown then, so write it anew elsewhere.
@@ -17,8 +17,17 @@ def sync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(handle)
+
+
+def forget(path: Path) -> None:
+    """Have a file that is on disk read from there again, where the system knows how."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(handle)
 

@@ -16,6 +16,8 @@ from llmtune.checkpoints import durable
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 
+# What a manifest says of a file: its size as ``bytes``, its ``sha256`` in hex.
+Entry = dict[str, Any]
 Signature = frozenset[tuple[str, int, int, int]]
 # Checkpoints that this process has verified, by path: what their files looked like then.
 _verified: dict[str, Signature] = {}
@@ -41,14 +43,15 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def describe(directory: Path) -> dict[str, dict[str, Any]]:
-    """Size in bytes and SHA-256 of every file, the manifest left out, by name relative to ``directory``."""
+def names_of(directory: Path) -> list[str]:
+    """Every file, the manifest left out, by name relative to ``directory``."""
     files, _ = durable.tree(directory)
-    return {
-        str(path.relative_to(directory)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-        for path in files
-        if path != directory / MANIFEST
-    }
+    return [str(path.relative_to(directory)) for path in files if path != directory / MANIFEST]
+
+
+def entry_of(path: Path) -> Entry:
+    """Size in bytes and SHA-256 of one file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def write_manifest(
@@ -59,9 +62,10 @@ def write_manifest(
     Args:
         directory: What is described.
         facts: At least ``step``.
-        files: What `describe` returned; asked for here when not given.
+        files: The entry of each; asked for here when not given.
     """
-    document = {"format_version": FORMAT_VERSION, **facts, "files": describe(directory) if files is None else files}
+    files = {name: entry_of(directory / name) for name in names_of(directory)} if files is None else files
+    document = {"format_version": FORMAT_VERSION, **facts, "files": files}
     document["manifest_sha256"] = _self_hash(document)
     target = directory / MANIFEST
     target.unlink(missing_ok=True)
@@ -93,13 +97,18 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return document
 
 
-def verify(directory: Path) -> Verification:
-    """Read every file and compare it with the manifest: none missing, none extra, all equal, no link or device."""
+def verify(directory: Path, *, contents: bool = True) -> Verification:
+    """Read every file and compare it with the manifest: none missing, none extra, all equal, no link or device.
+
+    Args:
+        directory: The checkpoint.
+        contents: Whether files are read; else only the manifest is, and all sizes compared.
+    """
     if directory.is_symlink():
         return Verification(ok=False, reason="is a symbolic link")
     try:
         document = read_manifest(directory)
-        reason = _difference(directory, document)
+        reason = _difference(directory, document, contents=contents)
     except ValueError as error:
         return Verification(ok=False, reason=str(error))
     except OSError as error:
@@ -141,7 +150,7 @@ def is_intact(path: Path, entry: Mapping[str, Any]) -> bool:
     return same_size and sha256_of(path) == entry["sha256"]
 
 
-def _difference(directory: Path, document: Mapping[str, Any]) -> str | None:
+def _difference(directory: Path, document: Mapping[str, Any], *, contents: bool) -> str | None:
     if directory.name != f"checkpoint-{document['step']}":
         return f"is named {directory.name} but holds step {document['step']}"
     found = _entries(directory)
@@ -156,7 +165,7 @@ def _difference(directory: Path, document: Mapping[str, Any]) -> str | None:
             return f"{name} is no regular file"
         if size != entry["bytes"]:
             return f"{name} has {size} bytes, expected {entry['bytes']}"
-        if sha256_of(directory / name) != entry["sha256"]:
+        if contents and sha256_of(directory / name) != entry["sha256"]:
             return f"{name} has another SHA-256 than when it was saved"
     return None
 

@@ -23,8 +23,9 @@ from llmtune.console import speaker
 from llmtune.errors import CheckpointError
 from llmtune.training.continuity import exported
 from llmtune.training.ranks import Ranks
+from llmtune.training.saved_facts import are_finite
 from llmtune.training.saving import CheckpointSaver, unreadable
-from llmtune.training.snapshot import Snapshot, state_bytes
+from llmtune.training.snapshot import Room, Snapshot, state_bytes
 
 
 class CommittingTrainer(Trainer):
@@ -53,6 +54,7 @@ class CommittingTrainer(Trainer):
             speaker.warn(
                 "save.asynchronous: several processes train together, so checkpoints are written in the foreground"
             )
+        self._room: Room = {}  # of the latest save in the background, for the next one
         self._save_due = False  # by an evaluation or a callback, and to be written in the background
         self._saved_step: int | None = None
         self.save_seconds = 0.0
@@ -61,7 +63,7 @@ class CommittingTrainer(Trainer):
         super().__init__(args=args, **rest)
 
     def manifest_facts(self) -> Mapping[str, Any]:
-        """What the manifest of a save at this moment says beyond its files."""
+        """What the manifest of a save at this moment says beyond its files and whether its weights are finite."""
         raise NotImplementedError
 
     # ------------------------------------------------------------------ saving
@@ -136,7 +138,13 @@ class CommittingTrainer(Trainer):
 
         self._saver.best = self.state.best_model_checkpoint
         needed = state_bytes(self.model, self.optimizer)
-        self._saver.save(step, write, self.manifest_facts, needed_bytes=needed)
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self._saver.save(
+            step,
+            write,
+            lambda: dict(self.manifest_facts()) | {"finite_weights": are_finite(trained)},
+            needed_bytes=needed,
+        )
         self._saved_step = step
         self.save_seconds = self.save_blocking_seconds = time.perf_counter() - began
 
@@ -152,6 +160,7 @@ class CommittingTrainer(Trainer):
             scheduler=self.lr_scheduler,
             scaler=getattr(self.accelerator, "scaler", None),
             state=self._state_now(),
+            room=self._room,
         )
         needed = state_bytes(self.model, self.optimizer)
         self._saver.save_behind(snapshot, self.manifest_facts(), needed_bytes=needed)

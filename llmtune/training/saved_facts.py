@@ -7,7 +7,7 @@ import importlib.metadata
 import math
 import platform
 import random
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from functools import cache
 from typing import Any
@@ -24,16 +24,18 @@ TOLERANCE = 0.1
 
 
 def manifest_facts(
-    *, model: Any, state: TrainerState, args: TrainingArguments, cursor: Cursor, open_incident: bool, num_ranks: int
+    *, state: TrainerState, args: TrainingArguments, cursor: Cursor, open_incident: bool, num_ranks: int
 ) -> dict[str, Any]:
-    """The facts of a checkpoint saved at this moment; see the attributes of ``CheckpointInfo`` for what is healthy."""
+    """The facts of a checkpoint saved at this moment, but for ``finite_weights``, which takes reading all of them.
+
+    See the attributes of ``CheckpointInfo`` for what is healthy.
+    """
     evaluation: Mapping[str, Any] = next((one for one in reversed(state.log_history) if "eval_loss" in one), {})
     current = evaluation if evaluation.get("step") == state.global_step else {}
     last, best = evaluation.get(str(args.metric_for_best_model)), state.best_metric
     return {
         "step": state.global_step,
         "metrics": {key: _plain(value) for key, value in current.items() if key.startswith("eval_")},
-        "finite_weights": are_finite(model),
         "open_incident": open_incident,
         "evaluation_worse": is_worse(last, best, greater_is_better=bool(args.greater_is_better)),
         "cursor": asdict(cursor),
@@ -43,10 +45,14 @@ def manifest_facts(
     }
 
 
-def are_finite(model: Any) -> bool:
-    """Whether every number of every trained weight is finite; one transfer from the device."""
-    found = [torch.isfinite(p.detach()).all() for p in model.parameters() if p.requires_grad]
-    return bool(torch.stack(found).all()) if found else True
+def are_finite(weights: Iterable[torch.Tensor]) -> bool:
+    """Whether every number of every weight is finite; one transfer from the device where they are."""
+    held = [weight.detach() for weight in weights]
+    if not held:
+        return True
+    sums = torch.stack([weight.sum(dtype=torch.float32) for weight in held])
+    # A sum is finite only if its terms are; one of finite terms may overflow, so that they are looked at one by one.
+    return bool(torch.isfinite(sums).all()) or all(bool(torch.isfinite(weight).all()) for weight in held)
 
 
 def is_worse(last: float | None, best: float | None, *, greater_is_better: bool) -> bool:

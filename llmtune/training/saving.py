@@ -34,6 +34,7 @@ from llmtune.errors import CheckpointError, LlmtuneError, RecoveryExhausted, Tra
 from llmtune.runs import RunDirectory
 from llmtune.training.ranks import Ranks
 from llmtune.training.recovery import classify
+from llmtune.training.saved_facts import are_finite
 from llmtune.training.snapshot import RNG_NAME, Snapshot
 
 # What changes from save to save; all else of a checkpoint is the same throughout a run.
@@ -103,7 +104,12 @@ class CheckpointSaver:
             began = time.perf_counter()
             try:
                 name = f"checkpoint-{step}"
-                self._persist(step, lambda root: snapshot.write(root / name, constant), lambda: facts, needed_bytes)
+                self._persist(
+                    step,
+                    lambda root: snapshot.write(root / name, constant),
+                    lambda: dict(facts) | {"finite_weights": are_finite(snapshot.weights.values())},
+                    needed_bytes,
+                )
                 self._outcome = Saved(state=snapshot.state, seconds=time.perf_counter() - began)
             except BaseException as error:
                 self._outcome = error  # raised where it is collected, on the training thread

@@ -20,6 +20,8 @@ from transformers import PreTrainedModel, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCALER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 
 RNG_NAME = "rng_state.pth"
+# Copies in host memory by what they are copies of: device, address, type, shape and strides.
+Room = dict[tuple[Any, ...], torch.Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,13 +41,23 @@ class Snapshot:
     state: TrainerState
 
     @classmethod
-    def take(cls, *, model: Any, optimizer: Any, scheduler: Any, scaler: Any, state: TrainerState) -> Snapshot:
-        """Copy everything; the caller is between two updates, and ``state`` is its own copy already."""
-        memo: dict[Any, Any] = {}
+    def take(
+        cls, *, model: Any, optimizer: Any, scheduler: Any, scaler: Any, state: TrainerState, room: Room | None = None
+    ) -> Snapshot:
+        """Copy everything; the caller is between two updates, and ``state`` is its own copy already.
+
+        ``room`` is where tensors of an earlier snapshot lie, which is written by now: they are copied over, because new
+        memory takes several times as long as the copy.
+        """
+        memo = Copies({} if room is None else room)
+        weights, states = _weights(model, memo), in_host_memory(optimizer.state_dict(), memo)
+        if room is not None:
+            room.clear()
+            room.update(memo.tensors)
         return cls(
             model=model,
-            weights=_weights(model, memo),
-            optimizer=in_host_memory(optimizer.state_dict(), memo),
+            weights=weights,
+            optimizer=states,
             scheduler=copy.deepcopy(scheduler.state_dict()),
             scaler=None if scaler is None else copy.deepcopy(scaler.state_dict()),
             rng=_random_states(),
@@ -82,30 +94,49 @@ def state_bytes(model: Any, optimizer: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in [*weights, *states])
 
 
-def in_host_memory(value: Any, memo: dict[Any, Any]) -> Any:
-    """A copy whose tensors lie in host memory; what was one object stays one, so that it is written as before."""
-    if isinstance(value, torch.Tensor):
+class Copies:
+    """What has been copied in one snapshot: what was one object stays one, so that it is written as before.
+
+    Args:
+        room: Tensors in host memory that may be copied over.
+    """
+
+    def __init__(self, room: Room) -> None:
+        self._room = room
+        self.tensors: Room = {}
+        self.containers: dict[int, tuple[Any, Any]] = {}
+
+    def tensor(self, value: torch.Tensor) -> torch.Tensor:
+        """The copy of a tensor."""
+        value = value.detach()
         if not value.numel():
-            return value.detach().to("cpu", copy=True)
+            return value.to("cpu", copy=True)
         key = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
-        if key not in memo:
-            memo[key] = value.detach().to("cpu", copy=True)
-        return memo[key]
+        if key not in self.tensors:
+            there = self._room.get(key)
+            self.tensors[key] = value.to("cpu", copy=True) if there is None else there.copy_(value)
+        return self.tensors[key]
+
+
+def in_host_memory(value: Any, memo: Copies) -> Any:
+    """A copy whose tensors lie in host memory."""
+    if isinstance(value, torch.Tensor):
+        return memo.tensor(value)
     if isinstance(value, dict | list | tuple):
-        kept = memo.get(id(value))
+        kept = memo.containers.get(id(value))
         if kept is None:  # the original is kept beside its copy: were it freed, another object could get its id
-            kept = memo[id(value)] = (value, _container_in_host_memory(value, memo))
+            kept = memo.containers[id(value)] = (value, _container_in_host_memory(value, memo))
         return kept[1]
     return copy.deepcopy(value)
 
 
-def _container_in_host_memory(value: dict[Any, Any] | list[Any] | tuple[Any, ...], memo: dict[Any, Any]) -> Any:
+def _container_in_host_memory(value: dict[Any, Any] | list[Any] | tuple[Any, ...], memo: Copies) -> Any:
     if isinstance(value, dict):
         return {key: in_host_memory(item, memo) for key, item in value.items()}
     return type(value)([in_host_memory(item, memo) for item in value])
 
 
-def _weights(model: Any, memo: dict[Any, Any]) -> dict[str, torch.Tensor]:
+def _weights(model: Any, memo: Copies) -> dict[str, torch.Tensor]:
     if not is_adapter(model):
         copied: dict[str, torch.Tensor] = in_host_memory(dict(model.state_dict()), memo)
         return copied

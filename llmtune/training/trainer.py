@@ -369,10 +369,9 @@ class UpdateTrainer(CommittingTrainer):
     # ------------------------------------------------------------------ saving
 
     def manifest_facts(self) -> dict[str, Any]:
-        """Where the run is, what its weights are like, and which run it is."""
+        """Where the run is, how it does, and which run it is."""
         step, batch = self.state.global_step, self._settings.global_batch_size
         facts = manifest_facts(
-            model=self.model,
             state=self.state,
             args=self.args,
             cursor=Cursor.after(step, parts=self._train_data.parts, seed=self.args.seed, global_batch_size=batch),
