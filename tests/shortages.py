@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -9,6 +10,8 @@ from typing import Any
 
 import torch
 from transformers import TrainerCallback
+
+from llmtune.kernels.head import attached_rows
 
 
 @contextmanager
@@ -40,6 +43,7 @@ class RunsOut(TrainerCallback):
         above_rows: Whenever a pass has more rows; packed rows are told by their positions.
         above_tokens: Whenever a pass has more padded tokens.
         unless_recomputed: Not where activations are recomputed.
+        unless_chunked: Not where the logits of so few rows, or fewer, are there at once.
         in_evaluation: In the forward pass of evaluations, and in no other.
         error: What is raised.
     """
@@ -52,12 +56,14 @@ class RunsOut(TrainerCallback):
         above_rows: int | None = None,
         above_tokens: int | None = None,
         unless_recomputed: bool = False,
+        unless_chunked: int = 0,
         in_evaluation: bool = False,
         error: Exception | None = None,
     ) -> None:
         self.once_at_step, self.after_passes = once_at_step, after_passes
         self.above_rows, self.above_tokens = above_rows, above_tokens
         self.unless_recomputed, self.in_evaluation = unless_recomputed, in_evaluation
+        self.unless_chunked = unless_chunked
         self.error = error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         self.raised = self.passes = 0
         self._step = self._passes_of_step = self._rows = self._tokens = 0
@@ -65,6 +71,7 @@ class RunsOut(TrainerCallback):
     def __call__(self, model: Any) -> None:
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         inner.register_forward_pre_hook(self._look, with_kwargs=True)
+        self._inner = inner
         self._layer = inner.model.layers[len(inner.model.layers) // 2]
         self._layer.register_forward_hook(self._forward)
         self._layer.register_full_backward_hook(self._backward)
@@ -90,6 +97,8 @@ class RunsOut(TrainerCallback):
 
     def _judge(self) -> None:
         if self.unless_recomputed and self._layer.gradient_checkpointing:
+            return
+        if (attached_rows(self._inner) or math.inf) <= self.unless_chunked:
             return
         here = self._step == self.once_at_step and self.raised == 0 and self._passes_of_step > self.after_passes
         many = self.above_rows is not None and self._rows > self.above_rows
@@ -134,8 +143,9 @@ class Ledger(TrainerCallback):
 def rows_of(batch: dict[str, torch.Tensor]) -> list[tuple[int, ...]]:
     """The token ids of each row of a micro-batch; without padding, so that it does not matter beside which ones."""
     ids = batch["input_ids"]
-    if batch.get("attention_mask") is not None:
-        return [tuple(row[mask.bool()].tolist()) for row, mask in zip(ids, batch["attention_mask"], strict=True)]
+    if "position_ids" not in batch:  # padded: the last token of a row is learned
+        lasts = [int((labels != -100).nonzero().max()) for labels in batch["labels"]]
+        return [tuple(row[: last + 1].tolist()) for row, last in zip(ids, lasts, strict=True)]
     starts = [*(batch["position_ids"][0] == 0).nonzero().flatten().tolist(), ids.shape[1]]
     rows = [ids[0, start:end] for start, end in pairwise(starts)]
     learned = [batch["labels"][0, start:end] for start, end in pairwise(starts)]

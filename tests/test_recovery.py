@@ -449,6 +449,8 @@ def test_memory_pieces_then_activations_then_host_then_stop() -> None:
     assert "one row alone" in done[-1][1].reason
     recomputes = plan(activation_checkpointing=True, checkpoint_every=1, activation_offload=True)
     assert actions([failure("out_of_memory", rows=1)], recomputes) == ["stop"]
+    chunks = [failure("out_of_memory", rows=1, loss_chunk_rows=rows) for rows in (512, 64)]
+    assert actions(chunks, recomputes) == ["chunk_loss", "stop"]
     assert actions([failure("out_of_memory", rows=8, phase="load")]) == ["stop"]
 
 

@@ -27,6 +27,7 @@ from llmtune.errors import RecoveryExhausted
 from llmtune.runs import RunDirectory
 from llmtune.training.memory_guard import FRESH_SECONDS, MemoryGuard, OutOfMemoryError, bytes_left
 from llmtune.training.meter import is_out_of_memory
+from llmtune.training.recovery.policy import SMALL_LOSS_CHUNK
 from llmtune.training.shortage import cut, random_states
 from llmtune.training.updates import UpdateCollator
 
@@ -173,6 +174,14 @@ def test_activations_are_recomputed_when_one_row_is_too_much(model: Path, tmp_pa
     assert set(actions[:-1]) == {"split"}
     plan = plans_of(tmp_path / "run")[-1]
     assert (plan.activation_checkpointing.value, plan.activation_checkpointing.source) == (True, "measured")
+
+
+def test_fewer_logits_are_there_at_once_when_even_that_is_too_much(model: Path, tmp_path: Path, unharmed: Any) -> None:
+    fault = RunsOut(above_rows=0, unless_chunked=SMALL_LOSS_CHUNK)
+    ledger = harmed(model, tmp_path / "run", fault)
+    require_same_course(tmp_path / "run", ledger, unharmed())
+    told = [event for event in events(tmp_path / "run", "recovery") if event["action"] == "chunk_loss"]
+    assert [event["loss_chunk_rows"] for event in told] == [SMALL_LOSS_CHUNK]
 
 
 def test_one_row_that_fits_by_no_means_is_named(model: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import torch
 
 from llmtune.data import IGNORED, EncodedDataset, padded
 from llmtune.errors import RecoveryExhausted, TrainingError
+from llmtune.kernels.head import attach_loss, attached_rows
 from llmtune.training.meter import free_caches, is_out_of_memory
 from llmtune.training.recovery import Failure, FailureKind
 from llmtune.training.updates import Update
@@ -119,7 +120,8 @@ class Replays:
         """Apply the next remedy; returns the update as it is cut now."""
         trainer, recoveries = self._trainer, self._trainer.recoveries
         worst = min(failures, key=lambda one: (one.rows > 1, one.tokens, one.rank))
-        failure = _failure("out_of_memory", trainer.state.global_step, {"phase": "step", **asdict(worst)})
+        evidence = {"phase": "step", **asdict(worst), "loss_chunk_rows": attached_rows(trainer.model) or 0}
+        failure = _failure("out_of_memory", trainer.state.global_step, evidence)
         remedy = recoveries.decide(failure)
         changes: dict[str, Any]
         if remedy.action == "split" and worst.rows > 1:
@@ -134,6 +136,9 @@ class Replays:
             recompute(trainer.model, offload=offload)
             changes = {"activation_checkpointing": True, "checkpoint_every": 1}
             changes |= {"activation_offload": True} if offload else {}
+        elif remedy.action == "chunk_loss":
+            changes = dict(remedy.changes)
+            attach_loss(trainer.model, chunk_rows=int(changes["loss_chunk_rows"]))
         else:
             raise _too_long(failure, self._data, worst.row, worst.tokens, remedy.reason)
         recoveries.took(failure, remedy, changes)

@@ -27,6 +27,7 @@ Action = Literal[
     "split",
     "checkpoint_activations",
     "offload_activations",
+    "chunk_loss",
     "smaller_evaluation",
     "skip_update",
     "clip",
@@ -45,6 +46,8 @@ HEALTHY_UPDATES = 100
 MOST_HALVINGS = 16
 # Attempts without progress after which it is over, whatever kinds of failures take turns.
 MOST_ATTEMPTS = 48
+# Rows of logits that are there at once where memory is that short (an estimate: fewer make products slow).
+SMALL_LOSS_CHUNK = 64
 # What a learning rate is multiplied by when training is unstable at it (an estimate; each rollback does it again).
 LEARNING_RATE_FACTOR = 0.5
 
@@ -179,6 +182,10 @@ def _keeps_them_on_device(failure: Failure, plan: Plan) -> bool:
     return _in_step(failure) and not plan.activation_offload.value and plan.device.value != "cpu"
 
 
+def _has_large_chunks(failure: Failure, plan: Plan) -> bool:
+    return _in_step(failure) and int(failure.evidence.get("loss_chunk_rows", 0)) > SMALL_LOSS_CHUNK
+
+
 def _halved(failure: Failure, taken: Sequence[Attempt]) -> Mapping[str, Any] | None:
     """Half the tokens of the pass that failed (rows where they are not known), and less than any attempt before."""
     name = "tokens" if isinstance(failure.evidence.get("tokens"), int) else "rows"
@@ -230,6 +237,12 @@ LADDERS: Mapping[FailureKind, tuple[Rung, ...]] = {
             why="what activations are recomputed from waits in host memory",
             applies=_keeps_them_on_device,
             changes=lambda failure, taken: {"activation_offload": True},
+        ),
+        Rung(
+            action="chunk_loss",
+            why="logits exist for fewer rows at once",
+            applies=_has_large_chunks,
+            changes=lambda failure, taken: {"loss_chunk_rows": SMALL_LOSS_CHUNK},
         ),
     ),
     "evaluation_out_of_memory": (
