@@ -137,7 +137,7 @@ def overhead(root: Path, model: Path) -> None:
     timed(numerics, "clip_grads_with_norm_", "of these the clipping")
     timed(shortage, "random_states", "random states")
     memory_guard.MemoryGuard.passing = passing
-    rows = [{"question": f"Who keeps lamp {n}?", "answer": "The keeper of it does. " * 30} for n in range(64)]
+    rows = [{"question": f"Who keeps lamp {n}?", "answer": "The keeper of it does. " * 12} for n in range(64)]
     tune(model, root / "run", rows, max_steps=STEPS, rank=16, eval_fraction=0, **{"save.every_steps": STEPS})
     seconds = [step["step_seconds"] for step in RunDirectory.open(root / "run").steps()]
     assert len(history(root / "run")) == STEPS
