@@ -50,7 +50,6 @@ def footprint(**changes) -> Footprint:
         "optimizer": "adamw_torch_fused",
         "sharding": None,
         "processes": 1,
-        "padded": True,
         "accumulates": True,
     }
     if changes.get("method") == "qlora":

@@ -74,10 +74,14 @@ USUAL = [(family, way) for family, way in WRITTEN if family == "phi" or way == W
 
 @pytest.mark.parametrize(("family", "way"), sooner(WRITTEN, USUAL))
 def test_what_is_written_down_is_what_autograd_keeps(family, way):
+    """Without the kernels, which stand back from fake tensors as they do from sharded ones."""
     from llmtune.models.trace import PassTrace, decoder_layers
 
     config = family_config(family, num_hidden_layers=3, hidden_size=64, intermediate_size=192, vocab_size=512)
-    spec, how = read_spec(location_of(config), family), footprint(**way, tokens=4 * 128, width=128, rank=4)
+    spec, how = (
+        read_spec(location_of(config), family),
+        footprint(**way, tokens=4 * 128, width=128, rank=4, sharding="fsdp2"),
+    )
     assert spec.activations is None
     model, autocast = on_meta(config, how)
     trace = PassTrace(model, decoder_layers(model)).run(rows=4, width=128, autocast=autocast)
@@ -112,7 +116,8 @@ def test_a_family_that_is_traced_needs_what_is_written_down(family, way):
     traced = replace(spec, activations=trace_activations(model))
     asked = way | {"tokens": 4096, "width": 512, "targets": ("q_proj", "qkv_proj", "fc1", "down_proj")}
     closed, other = predicted(spec, CPU, **asked), predicted(traced, CPU, **asked)
-    assert other.tensor_peak_bytes == pytest.approx(closed.tensor_peak_bytes, rel=0.03)
+    # A bit more: what an adapter needs while it runs is counted at the fullest moment of the layer without it.
+    assert 0.98 <= other.tensor_peak_bytes / closed.tensor_peak_bytes <= 1.12
 
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 512}
@@ -144,7 +149,8 @@ def test_a_model_that_cannot_be_traced_is_estimated_from_its_widths():
     spec = replace(catalogued("LlamaForCausalLM"), architecture="UnheardOfForCausalLM")
     for how in METHODS:
         guessed, known = predicted(spec, **how), predicted(catalogued("LlamaForCausalLM"), **how)
-        assert guessed.peak_bytes == pytest.approx(known.peak_bytes, rel=0.4)
+        # Of what is not known it is not assumed that the kernels take it.
+        assert 0.7 <= guessed.peak_bytes / known.peak_bytes <= 1.6
 
 
 # ------------------------------------------------------------------ against torch's allocator
@@ -179,17 +185,33 @@ def allocated(model, batch, autocast) -> int:
     return peak
 
 
+@pytest.fixture
+def _seen_by_torch(monkeypatch):
+    """Masks of dropout are numpy's memory, of which torch's allocator knows nothing: copied into its own."""
+    from llmtune.kernels import adapters
+
+    draw = adapters.draw_mask
+    monkeypatch.setattr(adapters, "draw_mask", lambda x, kept: draw(x, kept).clone())
+
+
 REAL = (
     ("llama", {"dropout": 0.1, "checkpoint_every": 2}),
-    ("phi", {"precision": "fp32", "padded": False}),
+    ("phi", {"precision": "fp32"}),
     ("qwen3", {"method": "full"}),
     ("gpt2", {}),
     ("llama", {}),
     ("phi3", {"checkpoint_every": 1}),
     ("gpt2", {"method": "full", "precision": "fp32"}),
+    ("qwen3", {"checkpoint_every": 1}),
+    ("llama", {"packed": True, "checkpoint_every": 1}),
+    ("mistral", {"packed": True, "precision": "fp32", "dropout": 0.1}),
+    ("phi", {"method": "full", "checkpoint_every": 1}),
+    ("phi3", {"rows": 1, "width": 96}),
+    ("qwen2", {"method": "full", "accumulates": False}),
 )
 
 
+@pytest.mark.usefixtures("_seen_by_torch")
 @pytest.mark.parametrize(
     ("kind", "way"), REAL, ids=lambda part: part if isinstance(part, str) else "-".join(map(str, part.values()))
 )
@@ -197,26 +219,36 @@ def test_a_pass_takes_what_was_predicted(kind, way):
     import torch
     from transformers import AutoConfig
 
+    from llmtune.kernels import attach_kernels
+
     # A small vocabulary, so that the peak lies in the layers and not always at the loss.
     small = {"num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 384, "vocab_size": 64}
     config = AutoConfig.for_model("gpt2", **SMALL, n_inner=384) if kind == "gpt2" else family_config(kind, **small)
     spec = read_spec(location_of(config), kind)
-    how = footprint(**way, tokens=4 * 128, width=128, targets=("all-linear",))
+    rows, width = way.get("rows", 4), way.get("width", 128)
+    asked = {name: value for name, value in way.items() if name not in ("rows", "width")}
+    how = footprint(**asked, tokens=rows * width, width=width, targets=("all-linear",))
     model, autocast = on_meta(config, how)
     model = model.to_empty(device="cpu")
     for tensor in (*model.parameters(), *model.buffers()):
         torch.nn.init.zeros_(tensor)
-    ids = torch.zeros(4, 128, dtype=torch.long)
-    mask = torch.ones_like(ids)
-    mask[-1, -1] = int(not how.padded)
-    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids}
-    model(**batch).loss.backward()  # kernels are compiled, gradients there
+    refused = attach_kernels(model)
+    assert bool(refused) == (kind == "gpt2")  # whose layers are no torch.nn.Linear, and which hands on more than states
+    ids = torch.zeros(rows, width, dtype=torch.long)
+    batch = {"input_ids": ids, "labels": ids}
+    if how.packed:
+        batch = {name: tensor.view(1, -1) for name, tensor in batch.items()}
+        batch["position_ids"] = torch.arange(width).repeat(rows)[None]
+    model(**batch, num_items_in_batch=1).loss.backward()  # kernels are compiled, gradients there
+    if not how.accumulates:
+        model.zero_grad()
     gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         measured = allocated(model, batch, autocast)
     trained = standing(spec, how, on_cpu=True).trained
-    moment = PassSimulation(spec, how, trained=trained, on_cpu=True).peak()
-    # Ids, mask and labels were there before.
-    took = moment.total - moment.gradients - 24 * how.tokens
+    passes = PassSimulation(spec, how, trained=trained, on_cpu=True)
+    # Ids, mask and labels were there before, the adapter's copies, and gradients of an earlier pass.
+    before = 24 * how.tokens + passes.adapter_copies + (4 * trained if how.accumulates else 0)
+    took = passes.peak().total - before
     assert took == pytest.approx(measured, rel=0.05 if kind == "gpt2" else 0.02)

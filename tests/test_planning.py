@@ -371,17 +371,20 @@ def test_an_asked_micro_batch_is_not_cut_by_the_usual_budget():
     assert plan.token_budget.source == "derived"
 
 
+def tokens_of(request: PlanRequest) -> int:
+    """Padded tokens of the largest pass that memory is predicted of."""
+    return search_ways(request, choose_length(request)).best.footprint.tokens
+
+
 def test_both_limits_hold_when_both_are_asked_for():
     one = request_for(data=stats(longest=1000), micro_batch_size=4, token_budget=2000)
-    by_budget = make_plan(one).memory.terms["logits"] // (12 * one.spec.shape.vocabulary)
-    assert by_budget == 2000
+    assert tokens_of(one) == 2000
     two = replace(one, config=load_config({"micro_batch_size": 1, "token_budget": 2000}, environ={}))
-    assert make_plan(two).memory.terms["logits"] // (12 * one.spec.shape.vocabulary) == 1000
+    assert tokens_of(two) == 1000
 
 
 def test_a_row_above_the_budget_goes_alone_and_is_counted():
-    request = request_for(data=stats(longest=2000), token_budget=500)
-    assert make_plan(request).memory.terms["logits"] // (12 * request.spec.shape.vocabulary) == 2000
+    assert tokens_of(request_for(data=stats(longest=2000), token_budget=500)) == 2000
     plan = planned(hardware=machine(ram=64), data=stats(longest=2000))
     assert plan.token_budget.value == 2000
     assert "more tokens than the usual 1,024" in plan.token_budget.reason
@@ -413,16 +416,25 @@ def test_a_plan_from_before_packing_goes_on_as_it_began():
     assert (plan.packing.value, plan.pad_multiple.value, plan.pass_overhead_tokens.value) == (False, 8, None)
 
 
-@pytest.mark.parametrize("hardware", [machine(), H200], ids=["cpu", "gpu"])
-def test_packing_is_off_unless_asked_for_and_its_mask_is_counted(hardware):
+@pytest.mark.parametrize(
+    ("hardware", "reason", "masked"),
+    [
+        (machine(), "packed rows took 0.99 to 1.01 times as long", False),
+        (H200, "packing was not timed on an accelerator", False),
+        (T4, "a mask of its square", True),
+    ],
+    ids=["cpu", "gpu", "old gpu"],
+)
+def test_packing_is_off_unless_asked_for(hardware, reason, masked):
     padded = planned(hardware=hardware, token_budget=1024)
     assert (padded.packing.value, padded.packing.source) == (False, "derived")
-    assert "mask" in padded.packing.reason
+    assert reason in padded.packing.reason
+    assert "masks" not in padded.memory.terms
     packed = planned(hardware=hardware, token_budget=1024, packing=True)
     assert_sound(packed)
-    # At least one boolean mask of the whole sequence, and one in bf16.
-    assert packed.memory.terms["masks"] >= 3 * 1024**2
-    assert packed.memory.terms["masks"] > padded.memory.terms["masks"]
+    # Where no kernel keeps documents apart, at least one boolean mask of the whole sequence, and one in fp16.
+    assert packed.memory.terms.get("masks", 0) >= 3 * 1024**2 * masked
+    assert ("masks" in packed.memory.terms) == masked
 
 
 def test_packing_is_refused_where_it_is_not_proven():
@@ -587,8 +599,9 @@ def test_memory_is_monotone(entry, every, tokens, width, rank, method, more):
         changed = replace(least, **changes)
         return predict_memory(of, changed, device="cuda:0", total_bytes=1, free_bytes=1).peak_bytes
 
-    assert size(spec) <= size(spec, tokens=tokens + more * width)
-    assert size(spec) <= size(spec, width=width + more, tokens=tokens * (width + more) // width)
+    # To the last tokens of rows that fill a chunk of logits: shorter rows have more of them, and they predict nothing.
+    assert 0.998 * size(spec) <= size(spec, tokens=tokens + more * width)
+    assert 0.998 * size(spec) <= size(spec, width=width + more, tokens=tokens * (width + more) // width)
     assert size(spec) <= size(spec, rank=rank + more)
     assert size(spec) <= size(deeper)
 

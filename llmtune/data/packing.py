@@ -1,8 +1,9 @@
 """Packing: rows of one update laid end to end in sequences, as an alternative to padding.
 
 A packed sequence carries no attention mask. transformers reads off ``position_ids`` where a row begins (they restart at
-0 there) and builds a block-diagonal causal mask, sliding windows included, when it was given neither an attention mask
-nor a cache: ``transformers.masking_utils.find_packed_sequence_indices``.
+0 there) when it was given neither an attention mask nor a cache: ``masking_utils.find_packed_sequence_indices``.
+Attention then goes row by row (``llmtune.kernels.attention``), or behind a block-diagonal causal mask of the square of
+the sequence where no kernel does that; sliding windows are kept either way.
 """
 
 from __future__ import annotations

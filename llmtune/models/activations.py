@@ -24,6 +24,9 @@ class Stage:
         backward: Per token, the most that the backward pass added to what was there before it.
         backward_pair: As above.
         backward_fixed: As above.
+        attention: Per token, what was added when torch's kernel for attention had gone backward; 0 without it.
+        attention_pair: As above.
+        attention_fixed: As above.
     """
 
     saved: float
@@ -35,6 +38,9 @@ class Stage:
     backward: float
     backward_pair: float
     backward_fixed: float
+    attention: float
+    attention_pair: float
+    attention_fixed: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,11 +60,23 @@ class LinearInput:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TracedActivations:
-    """One decoder layer, and everything outside the layers, without adapters, by kind of arithmetic.
+    """One decoder layer, and what is outside the layers, without adapters, by kind of arithmetic.
 
     A kind that could not be traced is left out.
+
+    Attributes:
+        layer: The last layer.
+        outside: Embedding and last norm; head and loss too, unless they are plain.
+        inputs: What the linear modules of a layer read.
+        plain_loss: Whether it is a decoder with a linear head and the usual cross-entropy. What the loss is in numbers
+            is compared when the weights are there.
+        plain_linears: Whether all linear modules are torch's own.
+        plain_attention: Whether attention is torch's flash kernel.
     """
 
     layer: Mapping[str, Stage]
     outside: Mapping[str, Stage]
     inputs: tuple[LinearInput, ...]
+    plain_loss: bool
+    plain_linears: bool
+    plain_attention: bool

@@ -30,17 +30,26 @@ SHAPES = ((8, 512), (8, 1024), (16, 512))
 # Two layers of a transformer take about 500 operations forward and backward; a state-space model without its kernels
 # takes some for every token.
 MOST_OPERATIONS = 10_000
+# Torch's kernel for attention on a CPU; its eighth argument says whether it is causal.
+FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+# Keys of configurations that count experts.
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # Layers that are run; of more the last one counts, whose inputs are like those of all others.
 TRACED_LAYERS = 2
 
 
 @dataclass(slots=True)
 class StageBytes:
-    """What one piece of a model took: kept after its forward pass, and the most that each pass added while it ran."""
+    """What one piece of a model took: kept after its forward pass, and the most that each pass added while it ran.
+
+    ``attention`` is what the backward pass had added when it had run torch's kernel for attention; less than nothing
+    where more had been freed.
+    """
 
     saved: int = 0
     forward: int = 0
     backward: int = 0
+    attention: int = 0
 
 
 class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -50,6 +59,7 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = self.most = self._operations = self._seen = 0
         self._known: dict[int, tuple[int, int]] = {}
+        self.attended: int | None = None  # what was alive when attention last went backward
 
     def watch(self, tensor: torch.Tensor) -> int:
         """Number of the storage that ``tensor`` lies in; addresses are used again, numbers are not."""
@@ -74,6 +84,8 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for value in tree_iter(out):
             if isinstance(value, torch.Tensor):
                 self.watch(value)
+        if func is FLASH_BACKWARD and args[7] and (kwargs or {}).get("attn_mask") is None:
+            self.attended = self.live
         return out
 
 
@@ -83,6 +95,7 @@ class PassTrace:
     Attributes:
         layers: What each decoder layer took.
         outside: What all else took: embedding, last norm, head, loss.
+        attends: Whether attention was torch's kernel, causal and without a mask.
     """
 
     def __init__(self, model: PreTrainedModel, layers: Sequence[torch.nn.Module]) -> None:
@@ -90,6 +103,7 @@ class PassTrace:
         self._modules = list(layers)
         self.layers = [StageBytes() for _ in layers]
         self.outside = StageBytes()
+        self.attends = False
         self._stage: StageBytes = self.outside
         self._start, self._kept = 0, set[int]()
         self._read: list[tuple[str, int]] = []
@@ -115,14 +129,16 @@ class PassTrace:
         width: int,
         autocast: torch.dtype | None = None,
         dtype: torch.dtype | None = None,
+        whole: bool = True,
     ) -> PassTrace:
-        """Trace one pass over rows of different lengths: whether a dense mask is needed cannot be told from fake ones.
+        """Trace one pass without a mask, which rows that are padded on the right do not need.
 
         Args:
             rows: Rows of the micro-batch.
             width: Tokens of each.
             autocast: What matrix products are computed in.
             dtype: Of all weights; as they are where it is left out.
+            whole: Whether head and loss are part of it.
 
         Raises:
             RuntimeError: The model takes more operations than are worth counting, or one depends on data.
@@ -132,6 +148,7 @@ class PassTrace:
         computing = torch.autocast("cpu", dtype=autocast) if autocast is not None else contextlib.nullcontext()
         with mode, contextlib.ExitStack() as hooks:
             hooks.enter_context(_silent(logging.getLogger("torch._subclasses.fake_tensor")))
+            hooks.enter_context(_unpacked())
             ids = torch.zeros(rows, width, dtype=torch.long)
             for tensor in (*self._model.parameters(), *self._model.buffers(), ids):
                 live.watch(tensor)
@@ -147,13 +164,20 @@ class PassTrace:
                 keep = torch.autograd.graph.saved_tensors_hooks(self._keep(known), lambda tensor: tensor)
                 with computing, keep, warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-                    loss = self._model(**batch, num_items_in_batch=1).loss
+                    end, gradient = self._forward(ids, whole=whole)
                 self._end("forward")
                 self._begin(self.outside)
-                loss.backward()
+                end.backward(gradient)  # type: ignore[no-untyped-call]
                 self._end("backward")
         return self
+
+    def _forward(self, ids: torch.Tensor, *, whole: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The loss, or the hidden states that it would be computed from and their gradient."""
+        if whole:
+            loss: torch.Tensor = self._model(input_ids=ids, labels=ids, num_items_in_batch=1).loss
+            return loss, None
+        states: torch.Tensor = decoder_of(self._model)(input_ids=ids).last_hidden_state
+        return states, torch.empty_like(states)
 
     # ------------------------------------------------------------------ stages
 
@@ -164,6 +188,9 @@ class PassTrace:
     def _end(self, which: str) -> None:
         grown = self._live.most - self._start
         setattr(self._stage, which, max(getattr(self._stage, which), grown))
+        if self._live.attended is not None:
+            self._stage.attention, self._live.attended = self._live.attended - self._start, None
+            self.attends = True
 
     def _enter(self, number: int) -> Callable[..., None]:
         def enter(*_: Any) -> None:
@@ -216,6 +243,19 @@ def _silent(logger: logging.Logger) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _unpacked() -> Iterator[None]:
+    """transformers looks at positions for packed rows, and takes fake ones, which it cannot look at, for packed."""
+    from transformers import masking_utils
+
+    look = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = look
+
+
+@contextlib.contextmanager
 def _removed(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
     try:
         yield
@@ -246,6 +286,49 @@ def is_linear(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.Linear | Conv1D)
 
 
+def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
+    """What gives the hidden states that the head reads."""
+    decoder: torch.nn.Module = getattr(model, model.base_model_prefix)
+    return decoder
+
+
+def has_plain_loss(model: PreTrainedModel) -> bool:
+    """Whether ``model`` is a decoder with a linear head and the usual cross-entropy, as far as its parts tell."""
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    head, decoder = model.get_output_embeddings(), model._modules.get(model.base_model_prefix)
+    parts = {id(module) for module in model._modules.values()}
+    config = model.config.get_text_config()
+    return (
+        type(head) is torch.nn.Linear
+        and parts == {id(head), id(decoder)}
+        and not any(getattr(config, name, None) for name in _EXPERTS)
+        and model.loss_function is ForCausalLMLoss
+        and _reads_states_alone(model, decoder)
+    )
+
+
+def _reads_states_alone(model: PreTrainedModel, decoder: torch.nn.Module) -> bool:
+    """Whether a call with labels makes do with a decoder that gives hidden states and nothing else."""
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    weight = model.get_output_embeddings().weight
+    ids = torch.zeros(1, 2, dtype=torch.long, device=weight.device)
+    states = weight.new_zeros((1, 2, weight.shape[1]))
+    own = decoder.__dict__.get("forward")
+    decoder.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=states)
+    try:
+        with torch.no_grad():
+            model(input_ids=ids, labels=ids)
+    except (AttributeError, TypeError, ValueError, LookupError, RuntimeError):
+        return False
+    finally:
+        del decoder.forward
+        if own is not None:
+            decoder.forward = own
+    return True
+
+
 def decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList | None:
     """The list of layers that are alike: the longest one of modules of one class."""
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module)]
@@ -264,6 +347,8 @@ def trace_activations(model: PreTrainedModel) -> TracedActivations | None:
     if layers is None:
         return None
     del layers[TRACED_LAYERS:]
+    plain_linears = all(type(module) is torch.nn.Linear for module in layers.modules() if is_linear(module))
+    plain_loss = has_plain_loss(model)
     model.config.use_cache = False
     model.train()
     model.enable_input_require_grads()
@@ -273,7 +358,7 @@ def trace_activations(model: PreTrainedModel) -> TracedActivations | None:
         with contextlib.suppress(
             RuntimeError, TypeError, ValueError, NotImplementedError, AttributeError, IndexError, KeyError
         ):
-            traces[name] = _traces(model, layers, name)
+            traces[name] = _traces(model, layers, name, whole=not plain_loss)
     if not traces:
         return None
     passes = traces.get("single") or next(iter(traces.values()))
@@ -281,22 +366,25 @@ def trace_activations(model: PreTrainedModel) -> TracedActivations | None:
         layer={name: _fit([trace.layers[-1] for trace in found]) for name, found in traces.items()},
         outside={name: _fit([trace.outside for trace in found]) for name, found in traces.items()},
         inputs=passes[0].inputs,
+        plain_loss=plain_loss,
+        plain_linears=plain_linears,
+        plain_attention=passes[0].attends,
     )
 
 
-def _traces(model: PreTrainedModel, layers: torch.nn.ModuleList, arithmetic: str) -> list[PassTrace]:
+def _traces(model: PreTrainedModel, layers: torch.nn.ModuleList, arithmetic: str, *, whole: bool) -> list[PassTrace]:
     model.requires_grad_(arithmetic in ("trained", "autocast"))
     dtype = torch.bfloat16 if arithmetic == "half" else torch.float32
     autocast = torch.bfloat16 if arithmetic == "autocast" else None
     return [
-        PassTrace(model, list(layers)).run(rows=rows, width=width, autocast=autocast, dtype=dtype)
+        PassTrace(model, list(layers)).run(rows=rows, width=width, autocast=autocast, dtype=dtype, whole=whole)
         for rows, width in SHAPES
     ]
 
 
 def _fit(measured: Sequence[StageBytes]) -> Stage:
     parts: dict[str, float] = {}
-    for which in ("saved", "forward", "backward"):
+    for which in ("saved", "forward", "backward", "attention"):
         parts |= dict(
             zip((f"{which}_fixed", which, f"{which}_pair"), _solve([getattr(m, which) for m in measured]), strict=True)
         )

@@ -101,6 +101,12 @@ class PlanRequest:
         """``cpu`` or ``accelerator``."""
         return "cpu" if self.device.type == "cpu" else "accelerator"
 
+    @property
+    def has_varlen(self) -> bool:
+        """Whether torch has a kernel for rows of many lengths: on NVIDIA's GPUs from Ampere on, which have bf16."""
+        found = (one for one in self.hardware.accelerators if one.index == self.device.index)
+        return self.device.type == "cuda" and any(one.kind == "cuda" and one.bf16 for one in found)
+
     def padded(self, length: int) -> int:
         """Width of a row of this length."""
         return padded(length, PAD_MULTIPLE)

@@ -14,6 +14,7 @@ from typing import Any
 
 from llmtune.planning.adapter import AdapterChoices, choose_adapter
 from llmtune.planning.batching import CPU_PASS_OVERHEAD_TOKENS, Load, load_of, token_budgets
+from llmtune.planning.execution import threads_of
 from llmtune.planning.footprints import memory_of, time_of, training_of, workload_of
 from llmtune.planning.memory import USABLE_SHARE, Footprint, MemoryEstimate
 from llmtune.planning.precision import PrecisionChoices, choose_precision
@@ -228,7 +229,6 @@ def _footprint(
     passes: float = 1,
 ) -> Footprint:
     """The part of a way that decides memory; ``passes`` of the whole run."""
-    packed = bool(request.config.train.packing)
     return Footprint(
         method=way.method,
         quantization=precision.quantization.value,
@@ -238,16 +238,17 @@ def _footprint(
         dropout=adapter.dropout.value,
         tokens=load.most_tokens,
         width=load.most_width,
-        packed=packed,
+        packed=bool(request.config.train.packing),
         checkpoint_every=way.checkpoint_every,
         offload=way.offload,
         optimizer=way.optimizer,
         sharding=request.sharding,
         processes=request.processes,
-        padded=not packed and not request.equally_long,
         accumulates=load.passes > 1,
         # Every multiple of the padding occurs in a long run; passes of rows all alike are full ones and one last.
         shapes=2 if request.equally_long else max(1, min(load.most_tokens // PAD_MULTIPLE, math.ceil(passes))),
+        varlen=request.has_varlen,
+        threads=threads_of(request),
     )
 
 

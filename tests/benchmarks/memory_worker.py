@@ -191,6 +191,7 @@ def _status(key: str) -> int:
 def tracked(case: dict[str, Any], root: Path) -> dict[str, Any]:
     """Every tensor of a run, from the allocator's own events."""
     os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # the profiler sees one thread; weights are otherwise read by four
+    _draw_into_tensors()
     from torch.autograd.profiler import record_function
     from torch.profiler import ProfilerActivity, profile
 
@@ -208,6 +209,14 @@ def tracked(case: dict[str, Any], root: Path) -> dict[str, Any]:
         "trained": watch.trained,
         "checkpointed_layers": watch.checkpointed_layers,
     }
+
+
+def _draw_into_tensors() -> None:
+    """Masks of dropout are numpy's memory, which no allocator of torch reports: copied into a tensor's."""
+    from llmtune.kernels import adapters
+
+    draw = adapters.draw_mask
+    adapters.draw_mask = lambda x, kept: draw(x, kept).clone()
 
 
 def _ranges(model: Any) -> Iterator[tuple[int, int]]:

@@ -1,8 +1,8 @@
 """Prediction of peak memory, term by term; pure arithmetic on a model's spec and the part of a plan that decides it.
 
 ``predict_memory`` is what others call. Below it: ``passes`` walks through a forward and backward pass, whose layers are
-written down operation by operation (``layers``, on a ``tape``) or were traced (``traced``); ``weights`` knows what
-stands between passes, ``sharding`` what of it one rank holds.
+written down operation by operation (``layers``, on a ``tape``) or were traced (``traced``); ``paths`` knows which of
+our kernels they take and what these need, ``weights`` what stands between passes, ``sharding`` what one rank holds.
 """
 
 from __future__ import annotations

@@ -68,18 +68,20 @@ class Footprint:
         method: lora, qlora or full.
         quantization: nf4, int8 or None.
         precision: bf16, fp16 or fp32 arithmetic.
-        dropout: Of the adapter; above 0 its input is kept a second time.
-        tokens: Padded tokens of the largest micro-batch.
-        width: Padded tokens of its longest row; packed rows are one row.
-        packed: Whether rows lie end to end and are kept apart by a dense mask.
+        dropout: Of the adapter; above 0 it keeps which values of its input were dropped.
+        tokens: Padded tokens of the largest micro-batch. A label may follow every one of them.
+        width: Padded tokens of its longest row.
+        packed: Whether rows lie end to end in one of ``tokens``.
         checkpoint_every: Every n-th layer is recomputed in the backward pass; 0 recomputes none.
         offload: Whether what recomputed layers start from waits in host memory.
         optimizer: A name of transformers' ``OptimizerNames``.
         sharding: How the model is spread over the ranks: ``fsdp2``, ``zero2``, ``zero3``, or None (DDP, one process).
         processes: Ranks that train together.
-        padded: Whether rows of the micro-batch differ in length, so that a dense mask hides the padding.
         accumulates: Whether gradients of an earlier forward pass of the same update are there.
         shapes: Different numbers of tokens among the passes of the whole run.
+        window: Tokens that attention looks back over, itself included; None for all.
+        varlen: Whether the device has a kernel for packed rows: CUDA.
+        threads: Of this process, on a CPU.
     """
 
     method: str
@@ -96,16 +98,8 @@ class Footprint:
     optimizer: str
     sharding: str | None
     processes: int
-    padded: bool = True
     accumulates: bool = True
     shapes: int = 1
-
-    @property
-    def masked(self) -> bool:
-        """Whether attention gets a dense mask."""
-        return self.packed or self.padded
-
-    @property
-    def scored(self) -> int:
-        """Rows of logits that are there at once: all, as transformers' causal language models compute them."""
-        return self.tokens
+    window: int | None = None
+    varlen: bool = False
+    threads: int = 1

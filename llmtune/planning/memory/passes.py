@@ -8,7 +8,8 @@ from functools import cached_property
 
 from llmtune.models import ModelSpec
 from llmtune.planning.memory.estimate import Footprint
-from llmtune.planning.memory.layers import LAYERS, arithmetic_of, layer_costs
+from llmtune.planning.memory.layers import LAYERS, layer_costs
+from llmtune.planning.memory.paths import arithmetic_of, logit_tensors, mask_width, paths_of
 from llmtune.planning.memory.traced import traced_costs
 
 
@@ -18,9 +19,10 @@ class Moment:
 
     Attributes:
         activations: Kept for the backward pass, and the micro-batch itself.
-        copies: Weights in the type that autocast computes in.
+        copies: Weights, or an adapter, in the type that is computed in.
         masks: The dense mask, and its copies kept for the backward pass.
-        logits: Three fp32 tensors as wide as the vocabulary: log-probabilities, their gradient and that of the logits.
+        logits: Tensors as wide as the vocabulary: a chunk's logits; or log-probabilities, their gradient and that of
+            the logits of all positions in fp32.
         workspace: What is freed again soon.
         gradients: Of weights.
     """
@@ -48,13 +50,14 @@ class PassSimulation:
         on_cpu: Whether it runs on a CPU.
 
     Attributes:
-        log_probabilities: Bytes of a fp32 tensor of the scored rows, as wide as the vocabulary.
+        logits: Bytes of each tensor as wide as the vocabulary that the loss holds at once.
+        adapter_copies: Bytes of the adapter in the precision that it is computed in; they stay from the first pass on.
     """
 
     def __init__(self, spec: ModelSpec, footprint: Footprint, *, trained: int, on_cpu: bool) -> None:
         every, full = footprint.checkpoint_every, footprint.method == "full"
-        shape, tokens, width = spec.shape, footprint.tokens, footprint.width
-        arithmetic = arithmetic_of(footprint)
+        shape, tokens = spec.shape, footprint.tokens
+        arithmetic, self._paths = arithmetic_of(footprint), paths_of(spec, footprint, on_cpu=on_cpu)
         self._footprint, self._full, self._on_cpu, self._tied = footprint, full, on_cpu, shape.tied_head
         self._embedding = 4.0 * shape.vocabulary * shape.hidden
         self._all_gradients = 4.0 * trained
@@ -67,18 +70,21 @@ class PassSimulation:
         self._layers = [
             (other if number else first, every > 0 and number % every == 0) for number in range(shape.layers)
         ]
-        self.log_probabilities = 4.0 * shape.vocabulary * footprint.scored
+        self.logits = logit_tensors(spec, footprint, on_cpu=on_cpu)
+        narrow = self._paths.adapters and arithmetic.adapter < 4
+        self.adapter_copies = float(arithmetic.adapter * trained) if narrow else 0.0
         in_layers = sum(m.in_features * m.out_features * m.count for m in spec.linears) if full else trained
         self._copy = arithmetic.product * in_layers / shape.layers if arithmetic.autocast else 0.0
         # Ids, mask and labels; cos and sin, shared by all rows and layers.
+        width = mask_width(footprint)
         self._inputs = 24.0 * tokens + 2 * width * shape.head_dim * arithmetic.stream
-        self._mask = float(tokens * width) if footprint.masked else 0.0  # one byte each, shared by all layers
+        self._mask = float(tokens * width) if self._paths.masked else 0.0  # one byte each, shared by all layers
         self._mask_copy = self._mask * arithmetic.attention
 
     @cached_property
     def moments(self) -> list[Moment]:
         """Every moment that may be the fullest, in order."""
-        return [*self._forward(), *self._backward()]
+        return [*self._forward(), *self._loss(), *self._backward()]
 
     def peak(self) -> Moment:
         """The fullest moment."""
@@ -97,6 +103,7 @@ class PassSimulation:
     def evaluation(self) -> float:
         """Bytes of a forward pass of as many tokens that keeps nothing."""
         copies = self._copy * len(self._layers) + (self._embedding / 2 if self._full and self._copy else 0)
+        copies += self.adapter_copies
         return self._inputs + self._mask + copies + max(self._head.plain, *(cost.plain for cost, _ in self._layers))
 
     def _kept(self, number: int) -> float:
@@ -114,7 +121,7 @@ class PassSimulation:
         copies, masks = opened * self._copy, opened * self._mask_copy
         return Moment(
             activations=self._inputs + kept - copies - masks,
-            copies=copies,
+            copies=copies + self.adapter_copies,
             masks=shared + masks,
             logits=logits,
             workspace=inside - logits,
@@ -138,21 +145,32 @@ class PassSimulation:
             if again:
                 kept += self._kept(number) - cost.held
 
+    def _loss(self) -> Iterator[Moment]:
+        """The end of the forward pass, and the beginning of the backward pass."""
+        kept = sum(self._kept(number) for number in range(len(self._layers)))
+        opened = sum(not again for _, again in self._layers)
+        cost, logits, before = self._head, sum(self.logits), self._gradients_before
+        recomputes = opened < len(self._layers)
+        if self._paths.loss:
+            cached = self._copy * (len(self._layers) - opened)
+            # What the last layer gave is gone once it is normed.
+            gone = 0.0 if cost.saves_start else cost.start
+            inside = cost.forward - cost.saved - gone + cached
+            yield self._moment(kept + cost.saved, opened, inside, logits=logits, gradients=before)
+            logits = 0.0
+        of_head = max(0.0, cost.saved - self.logits[0]) if logits else cost.saved
+        inside = cost.backward - of_head
+        yield self._moment(kept + of_head, opened, inside, logits=logits, gradients=before, mask=recomputes)
+
     def _backward(self) -> Iterator[Moment]:
         numbers = range(len(self._layers))
         kept = sum(self._kept(number) for number in numbers)
         opened = sum(not again for _, again in self._layers)
-        gradients, recomputes = self._gradients_before, any(again for _, again in self._layers)
-        of_head = self._head.saved - self.log_probabilities
-        yield self._moment(
-            kept + of_head,
-            opened,
-            self._head.backward - of_head,
-            logits=3 * self.log_probabilities,
-            gradients=gradients,
-            mask=recomputes,
-        )
-        gradients += self._head.gradients
+        recomputes = opened < len(self._layers)
+        # A trained head's is made with the loss; it waits for that of an embedding that is tied to it.
+        of_head = self._embedding if self._full and (self._tied or not self._footprint.accumulates) else 0.0
+        waiting = of_head if self._footprint.accumulates else 0.0
+        gradients = self._gradients_before + of_head
         for number in reversed(numbers):
             cost, again = self._layers[number]
             if again:
@@ -168,5 +186,5 @@ class PassSimulation:
         if self._full:
             # The embedding's gradient is made in one piece, and added to that of a tied head.
             again_there = self._footprint.accumulates or self._tied
-            inside = self._layers[0][0].start + (self._embedding if again_there else 0.0)
+            inside = self._layers[0][0].start + (self._embedding if again_there else 0.0) + waiting
             yield self._moment(0.0, 0, inside, gradients=self._all_gradients, mask=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from llmtune.models import ModelSpec
 from llmtune.planning.memory.estimate import Footprint, MemoryEstimate
 from llmtune.planning.memory.passes import PassSimulation
+from llmtune.planning.memory.paths import largest_passes, paths_of
 from llmtune.planning.memory.resident import heap_slack, kernel_bytes
 from llmtune.planning.memory.sharding import communication, sharded
 from llmtune.planning.memory.weights import standing
@@ -74,7 +75,11 @@ class _Prediction:
         whole = standing(spec, footprint, on_cpu=on_cpu)
         self._footprint = footprint
         self._there, self._exchanged = sharded(whole, footprint), communication(spec, footprint, whole)
-        self._run = PassSimulation(spec, footprint, trained=whole.trained, on_cpu=on_cpu)
+        passes = [
+            PassSimulation(spec, one, trained=whole.trained, on_cpu=on_cpu)
+            for one in largest_passes(footprint, paths_of(spec, footprint, on_cpu=on_cpu))
+        ]
+        self._run = max(passes, key=lambda run: run.peak().total)
         self._held: dict[str, float] = {
             "weights": self._there.weights,
             "adapter": self._there.adapter,
@@ -85,7 +90,7 @@ class _Prediction:
         self.pass_bytes = sum(size for name, size in in_pass.items() if name not in self._held)
         self.terms = max(in_pass, in_step, key=lambda terms: sum(terms.values()))
         training = sum(self.terms.values())
-        evaluation = sum(self._held.values()) + self._run.evaluation() + self._exchanged.in_pass
+        evaluation = sum(self._held.values()) + max(run.evaluation() for run in passes) + self._exchanged.in_pass
         # The larger one adds to the peak: they are not at the same time.
         name, most = max(("loading", self._there.loading), ("evaluation", evaluation), key=lambda part: part[1])
         self.terms[name] = max(0.0, most - training)
@@ -109,6 +114,7 @@ class _Prediction:
     def _in_step(self) -> dict[str, float]:
         return self._held | {
             "gradients": self._there.gradients,
+            "weight copies": self._run.adapter_copies,
             "workspace": self._there.step_work,
             "communication": self._exchanged.in_step,
         }

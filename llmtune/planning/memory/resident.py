@@ -63,7 +63,7 @@ def kernel_bytes(spec: ModelSpec, footprint: Footprint) -> float:
 def heap_slack(run: PassSimulation, footprint: Footprint, there: Standing, tensor_peak: float, *, holes: bool) -> float:
     """Bytes that are resident beside the interpreter and the tensors alive at the peak."""
     # Of tensors too large for the heap as much counts as fits: those of smaller passes were in it.
-    logits = max(0.0, 3 * (run.log_probabilities - HEAP_BLOCK_BYTES))
+    logits = sum(max(0.0, size - HEAP_BLOCK_BYTES) for size in run.logits)
     embeddings = max(0.0, run.embedding_gradients - 2 * HEAP_BLOCK_BYTES)
     work = max(0.0, there.step_work - HEAP_BLOCK_BYTES)
     in_heap = max(

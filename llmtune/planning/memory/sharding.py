@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from llmtune.models import ModelSpec
 from llmtune.planning.memory.estimate import Footprint
-from llmtune.planning.memory.layers import arithmetic_of
+from llmtune.planning.memory.paths import arithmetic_of
 from llmtune.planning.memory.weights import Standing
 
 

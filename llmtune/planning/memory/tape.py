@@ -39,6 +39,7 @@ class _Node:
     saved: Sequence[Value]
     holds: Sequence[Value]
     alias: bool
+    in_place: bool
     folded: bool
     late: bool
     forward_work: float
@@ -96,6 +97,7 @@ class Tape:
         view: bool = False,
         holds: Sequence[Value] = (),
         alias: bool = False,
+        in_place: bool = False,
         folded: bool = False,
         late: bool = False,
         trains: bool = False,
@@ -117,6 +119,7 @@ class Tape:
             alias: Gradients of inputs of the output's type are the gradient of the output, not copies.
             late: What is saved is an attribute of the node, not one of autograd's saved tensors: it is freed after the
                 gradients have been handed on, and kept when the piece is to be run again.
+            in_place: It writes into its first input, whose gradient is that of the output.
             trains: It has a weight that is trained.
             forward_work: Bytes needed during its forward pass alone.
             backward_work: Bytes needed during its backward pass alone.
@@ -126,13 +129,13 @@ class Tape:
             size,
             item,
             gradient=trains or any(value.gradient for value in inputs),
-            storage=inputs[0].storage if view else None,
+            storage=inputs[0].storage if view or in_place else None,
         )
         kept: Sequence[Value] = ()
         if out.gradient:
             kept = [*saved, out] if saves_output else saved
         self._nodes.append(
-            _Node(out, inputs, kept, holds, alias, folded, late, forward_work, backward_work, weight_gradient)
+            _Node(out, inputs, kept, holds, alias, in_place, folded, late, forward_work, backward_work, weight_gradient)
         )
         return out
 
@@ -222,7 +225,7 @@ class _Backward:
             self._release_saved(node)
 
     def _gradient(self, node: _Node, value: Value, incoming: Storage) -> Storage:
-        if node.alias and value.item == node.out.item:
+        if (node.alias and value.item == node.out.item) or (node.in_place and value is node.inputs[0]):
             incoming.references += 1
             return incoming
         return self._allocate(value.num_bytes, viewed=node.folded)

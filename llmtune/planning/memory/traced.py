@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from llmtune.models import LinearModule, ModelSpec
 from llmtune.models.activations import Stage
 from llmtune.planning.memory.estimate import Footprint
-from llmtune.planning.memory.layers import Pass, arithmetic_of
+from llmtune.planning.memory.layers import Pass
+from llmtune.planning.memory.paths import arithmetic_of, blocks_bytes, mask_width, paths_of
 from llmtune.planning.memory.tape import Cost, Value
+
+# What a dense mask adds to a layer that was traced without one.
+MASKED = ("saved_pair", "forward_pair")
 
 
 def traced_costs(spec: ModelSpec, footprint: Footprint, *, on_cpu: bool) -> tuple[Cost, Cost]:
     """One decoder layer with its adapters, and everything outside the layers."""
-    kind = _kind(footprint)
-    if spec.activations is None or kind not in spec.activations.layer:
-        layer, outside = (_cost(spec, footprint, stage) for stage in _guessed(spec, footprint))
+    kind, paths = _kind(footprint), paths_of(spec, footprint, on_cpu=on_cpu)
+    traced = spec.activations
+    if traced is not None and kind in traced.layer:
+        stage, around, has_loss = traced.layer[kind], traced.outside[kind], not traced.plain_loss
     else:
-        layer = _cost(spec, footprint, spec.activations.layer[kind])
-        outside = _cost(spec, footprint, spec.activations.outside[kind])
+        stage, around, has_loss = *_guessed(spec, footprint), False
+    if paths.masked and not stage.saved_pair:  # what is traced has none
+        stage = replace(stage, **{name: float(arithmetic_of(footprint).attention) for name in MASKED})
+    blocks = blocks_bytes(spec, footprint, arithmetic_of(footprint).attention) if paths.blocks else 0.0
+    layer, outside = _cost(spec, footprint, stage, blocks=blocks), _cost(spec, footprint, around)
+    if not has_loss:
+        outside = _with_loss(spec, footprint, outside, on_cpu=on_cpu)
     extra, work = _adapters(spec, footprint, on_cpu=on_cpu)
     with_adapters = Cost(
         saved=layer.saved + extra,
@@ -32,6 +44,21 @@ def traced_costs(spec: ModelSpec, footprint: Footprint, *, on_cpu: bool) -> tupl
     return with_adapters, outside
 
 
+def _with_loss(spec: ModelSpec, footprint: Footprint, outside: Cost, *, on_cpu: bool) -> Cost:
+    """Head and loss behind what was traced, which ends with the hidden states."""
+    end = Pass(spec, footprint, on_cpu=on_cpu)
+    states = end.start(gradient=True)
+    loss = end.tape.cost(states, end.loss(states))
+    return replace(
+        outside,
+        saved=outside.saved + loss.saved,
+        plain=max(outside.plain, loss.plain),
+        forward=max(outside.forward, outside.start + outside.saved + loss.forward),
+        backward=max(outside.backward, outside.saved + loss.backward),
+        gradients=loss.gradients,
+    )
+
+
 def _kind(footprint: Footprint) -> str:
     arithmetic = arithmetic_of(footprint)
     if footprint.method == "full":
@@ -39,15 +66,16 @@ def _kind(footprint: Footprint) -> str:
     return "half" if arithmetic.stream == 2 else "single"
 
 
-def _cost(spec: ModelSpec, footprint: Footprint, stage: Stage) -> Cost:
-    tokens, pairs = footprint.tokens, footprint.tokens * footprint.width
+def _cost(spec: ModelSpec, footprint: Footprint, stage: Stage, *, blocks: float = 0.0) -> Cost:
+    tokens, pairs = footprint.tokens, footprint.tokens * mask_width(footprint)
     start = tokens * spec.shape.hidden * arithmetic_of(footprint).stream
     saved = max(0.0, stage.saved * tokens + stage.saved_pair * pairs + stage.saved_fixed)
     forward = max(saved, stage.forward * tokens + stage.forward_pair * pairs + stage.forward_fixed)
     # Gradients of weights that are there already are added to, one at a time; new ones stay.
     largest = 4.0 * max((module.in_features * module.out_features for module in spec.linears), default=0)
     weights = stage.backward_fixed if not footprint.accumulates else min(stage.backward_fixed, largest)
-    backward = max(0.0, stage.backward * tokens + stage.backward_pair * pairs + weights)
+    attention = stage.attention * tokens + stage.attention_pair * pairs + stage.attention_fixed
+    backward = max(0.0, stage.backward * tokens + stage.backward_pair * pairs + weights, attention + blocks)
     return Cost(
         saved=saved,
         start=start,
@@ -74,20 +102,23 @@ def _adapters(spec: ModelSpec, footprint: Footprint, *, on_cpu: bool) -> tuple[f
     if footprint.method == "full":
         return 0.0, 0.0
     item = arithmetic_of(footprint).stream
+    # The input is kept as it is, once for all modules that read it: by our kernel always.
+    shares = paths_of(spec, footprint, on_cpu=on_cpu).adapters or (item == 4 and not footprint.dropout)
     inputs = {entry.module: entry for entry in spec.activations.inputs} if spec.activations else {}
     kept, work, counted = 0.0, 0.0, set[int]()
     for module in spec.targeted(footprint.targets):
         bare, adapted = (_linear(spec, footprint, module, on_cpu=on_cpu, adapted=on) for on in (False, True))
         per_layer = max(1, round(module.count / max(spec.shape.layers, 1)))
         extra, entry = adapted.saved - bare.saved, inputs.get(module.name)
-        if item == 4 and not footprint.dropout and entry is not None:
-            # The input is kept as it is, once for all modules that read it.
+        if shares and entry is not None:
             if entry.saved or entry.tensor in counted:
-                extra -= 4.0 * footprint.tokens * module.in_features
+                extra -= item * footprint.tokens * module.in_features
             counted.add(entry.tensor)
         kept += per_layer * extra
         work = max(
-            work, adapted.backward - adapted.saved - (bare.backward - bare.saved), adapted.forward - adapted.saved
+            work,
+            adapted.backward - adapted.saved - (bare.backward - bare.saved),
+            adapted.forward - adapted.saved - (bare.forward - bare.saved),
         )
     return kept, work
 
@@ -104,22 +135,23 @@ def _guessed(spec: ModelSpec, footprint: Footprint) -> tuple[Stage, Stage]:
     widths = sum((m.in_features + m.out_features) * m.count for m in spec.linears) / max(shape.layers, 1)
     layer = _stage(
         saved=arithmetic.product * widths + 8.0 * shape.hidden + 4.0 * shape.heads,
-        pair=float(arithmetic.attention),
         work=4.0 * max([shape.hidden, *(max(m.in_features, m.out_features) for m in spec.linears)]),
     )
-    logits = 4.0 * shape.vocabulary
-    return layer, _stage(saved=logits + 8.0 * shape.hidden, pair=0.0, work=2 * logits)
+    return layer, _stage(saved=8.0 * shape.hidden, work=4.0 * shape.hidden)
 
 
-def _stage(*, saved: float, pair: float, work: float) -> Stage:
+def _stage(*, saved: float, work: float) -> Stage:
     return Stage(
         saved=saved,
-        saved_pair=pair,
+        saved_pair=0,
         saved_fixed=0,
         forward=saved + work,
-        forward_pair=pair,
+        forward_pair=0,
         forward_fixed=0,
         backward=2 * work,
         backward_pair=0,
         backward_fixed=0,
+        attention=0,
+        attention_pair=0,
+        attention_fixed=0,
     )

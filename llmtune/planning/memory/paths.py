@@ -1,0 +1,222 @@
+"""Which of ``llmtune.kernels`` a pass takes, and what they need: numbers of their modules, which load torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from llmtune.kernels import CHUNK_ROWS
+from llmtune.models import ModelSpec
+from llmtune.models.spec import WRITTEN_DOWN
+from llmtune.planning.memory.estimate import BYTES_PER_VALUE, Footprint
+
+# ``kernels.adapters``: fewer tokens are left to PEFT on a CPU, where the stream between layers is bf16.
+FEWEST_ROWS = 128
+# ``kernels.loss``: entries of the vocabulary that a thread of a CPU widens at once, and entries of a trained head's
+# gradient that are added up at once.
+WORK_ENTRIES, BLOCK_ENTRIES = 2**18, 2**20
+# ``kernels.attention``: queries of a block, scores of a product, longest document of heads that share keys.
+BLOCK, SCORES, LONGEST = 128, 2**20, 1024
+
+# What oneDNN asks torch for in a bf16 product over a vocabulary, beside sums in fp32: 0.5 MiB for 2,048 words, 1 to 1.1
+# MiB from 8,192 to 98,304 (measured, torch 2.13, AMX).
+KERNEL_SCRATCH = 2**20
+# Architectures whose head has a bias.
+BIASED_HEAD = ("PhiForCausalLM",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arithmetic:
+    """Bytes of values while a model trains.
+
+    Attributes:
+        stream: Between layers, which is the embedding's.
+        product: What matrix products are computed in; ``stream`` where weights and inputs are alike.
+        autocast: Whether autocast chooses the inputs of matrix products.
+        quantization: nf4, int8 or None.
+    """
+
+    stream: int
+    product: int
+    autocast: bool
+    quantization: str | None
+
+    @property
+    def attention(self) -> int:
+        """Bytes of queries, and so of the numbers that a mask is turned into."""
+        return self.product if self.autocast else self.stream
+
+    @property
+    def adapter(self) -> int:
+        """Bytes that our kernel computes an adapter in: 8-bit layers give back what they were given."""
+        return self.stream if self.quantization == "int8" else self.product
+
+    @property
+    def logits(self) -> int:
+        """Bytes of a logit as the head's product gives it; a quantised model has a head in fp32."""
+        return self.product if self.autocast else self.stream
+
+
+def arithmetic_of(footprint: Footprint) -> Arithmetic:
+    """How a run computes: fp32 weights under autocast when all are trained, weights of the precision otherwise."""
+    item = BYTES_PER_VALUE[footprint.precision]
+    full = footprint.method == "full"
+    # Quantised models hold norms, embedding and head in fp32 (``prepare_model_for_kbit_training``).
+    wide = full or footprint.quantization is not None
+    return Arithmetic(
+        stream=4 if wide else item,
+        product=item,
+        autocast=item == 2 and (full or footprint.precision == "fp16"),
+        quantization=footprint.quantization,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Paths:
+    """What of a pass is computed by ``llmtune.kernels``; the rest is transformers', PEFT's and torch's.
+
+    Attributes:
+        loss: The loss, in chunks of logits.
+        adapters: Adapters on plain linear layers, in the base's precision.
+        blocks: The backward pass of attention, in blocks of products (on a CPU).
+        masked: Whether attention gets a dense mask.
+    """
+
+    loss: bool
+    adapters: bool
+    blocks: bool
+    masked: bool
+
+
+def paths_of(spec: ModelSpec, footprint: Footprint, *, on_cpu: bool) -> Paths:
+    """What this run takes: as ``attach_kernels`` decides it, and each kernel pass by pass.
+
+    Of a model that could not be traced nothing is known, least of all that it is plain.
+    """
+    traced = spec.activations
+    whole = footprint.sharding is None and (traced is not None or spec.architecture in WRITTEN_DOWN)
+    attention = whole and (traced is None or traced.plain_attention)
+    masked = _masked(spec, footprint, on_cpu=on_cpu, attached=attention)
+    adapts = footprint.method != "full" and _adapts(footprint, on_cpu=on_cpu)
+    return Paths(
+        loss=whole and (traced is None or traced.plain_loss),
+        adapters=whole and adapts and (traced is None or traced.plain_linears),
+        blocks=attention and not masked and on_cpu and _in_blocks(spec, footprint),
+        masked=masked,
+    )
+
+
+def _masked(spec: ModelSpec, footprint: Footprint, *, on_cpu: bool, attached: bool) -> bool:
+    """Padding on the right needs no mask; a window that is shorter than a row does, and documents that no kernel takes.
+
+    A kernel for documents takes windows too.
+    """
+    windowed = footprint.window is not None and footprint.width >= footprint.window
+    if not footprint.packed:
+        return windowed
+    if on_cpu:
+        return windowed or not attached or footprint.precision == "fp16"
+    # 2-byte queries, heads as ``torch.nn.attention.varlen`` takes them, GPUs that have bf16 (from Ampere on).
+    head = spec.shape.head_dim
+    fits = arithmetic_of(footprint).attention == 2 and footprint.precision == "bf16" and head % 8 == 0 and head <= 256
+    return not (attached and footprint.varlen and fits)
+
+
+def _adapts(footprint: Footprint, *, on_cpu: bool) -> bool:
+    arithmetic = arithmetic_of(footprint)
+    if footprint.precision == "fp16" and (on_cpu or arithmetic.adapter == 4):
+        return False  # no fast fp16 on a CPU; autocast would compute in fp16 what is fp32
+    few = on_cpu and arithmetic.stream == 2 and footprint.tokens < FEWEST_ROWS
+    return not few
+
+
+def _in_blocks(spec: ModelSpec, footprint: Footprint) -> bool:
+    shared = spec.shape.heads > spec.shape.kv_heads
+    bf16 = footprint.precision == "bf16" and arithmetic_of(footprint).attention == 2
+    return bf16 and footprint.width <= (LONGEST if shared else LONGEST // 2)
+
+
+def blocks_bytes(spec: ModelSpec, footprint: Footprint, item: int) -> float:
+    """What the backward pass of attention in blocks needs beside its inputs and its gradients."""
+    shape, tokens, width = spec.shape, footprint.tokens, footprint.width
+    rows = 1 if footprint.packed else max(1, tokens // width)
+    group, heads, head = shape.heads // shape.kv_heads, shape.kv_heads, shape.head_dim
+    wide = head + 2
+    # Queries, gradient, keys and values with two columns more, and the fp32 column that was put last.
+    there = float(item) * tokens * (2 * shape.heads + 2 * heads) * wide
+    there += 4.0 * tokens * shape.heads  # dots
+    of_head = group * min(BLOCK, width) * width
+    some_rows = min(rows, max(1, SCORES // (of_head * heads)))
+    some_heads = min(heads, max(1, SCORES // of_head))
+    batch, blocks = some_rows * some_heads, -(-width // BLOCK)
+    size = -(-width // blocks)
+    scores = batch * group * size * width * item
+    # Keys and values of these heads in one piece, where they are a part of all; queries and gradients of a block, where
+    # they have to be copied; sums in fp32; products not added yet.
+    partial = some_heads < heads and some_rows > 1
+    inside = 2 * scores + (2 * item * batch * width * wide if partial or footprint.packed else 0)
+    if blocks > 1:
+        inside += 2 * item * batch * group * size * wide * (group > 1 or some_rows > 1)
+        inside += 2 * 4 * batch * width * head
+    # Products of a block, the last one's of the block before, and keys that a product needs without gaps.
+    inside += item * batch * head * (3 * width + (1 + (blocks > 1)) * group * size)
+    return there + inside
+
+
+def logit_tensors(spec: ModelSpec, footprint: Footprint, *, on_cpu: bool) -> tuple[float, ...]:
+    """Bytes of the tensors as wide as the vocabulary that are there at once: a chunk's, or those of all positions."""
+    vocabulary = spec.shape.vocabulary
+    if not paths_of(spec, footprint, on_cpu=on_cpu).loss:
+        return (4.0 * vocabulary * footprint.tokens,) * 3
+    item, chunk = arithmetic_of(footprint).logits, chunk_rows(scored_rows(footprint))
+    if item == 4:
+        return (4.0 * chunk * vocabulary,)
+    # Widened on a CPU as many rows at a time as its caches hold.
+    rows = min(chunk, max(1, footprint.threads * WORK_ENTRIES // vocabulary)) if on_cpu else chunk
+    return float(item * chunk * vocabulary), 4.0 * rows * vocabulary
+
+
+def loss_workspace(spec: ModelSpec, footprint: Footprint, *, on_cpu: bool) -> float:
+    """Bytes that ``kernels.loss`` needs beside hidden states and gradients."""
+    hidden, arithmetic, full = spec.shape.hidden, arithmetic_of(footprint), footprint.method == "full"
+    item, weights = arithmetic.logits, spec.shape.vocabulary * hidden
+    states = chunk_rows(scored_rows(footprint)) * hidden * item
+    work = sum(logit_tensors(spec, footprint, on_cpu=on_cpu))
+    work += states if arithmetic.stream != item else 0  # a chunk of hidden states, cast
+    # What is written to the gradient of the hidden states, and while it is computed.
+    inside = states + (2 * states + min(KERNEL_SCRATCH, 256 * spec.shape.vocabulary) if on_cpu and item == 2 else 0.0)
+    if not full or item == 4:
+        return work + inside
+    wide = 4.0 * chunk_rows(scored_rows(footprint)) * spec.shape.vocabulary if on_cpu else 0.0
+    # The head, cast; a part of its gradient, widened where it is added; a chunk widened for a bias's gradient.
+    part = (item + 4) * min(BLOCK_ENTRIES, weights) if on_cpu else item * weights
+    return work + weights * item + max(inside, part, wide if spec.architecture in BIASED_HEAD else 0.0)
+
+
+def scored_rows(footprint: Footprint) -> int:
+    """Rows of hidden states that may have a label to predict: all but the last of each row."""
+    rows = 1 if footprint.packed else max(1, footprint.tokens // footprint.width)
+    return max(1, footprint.tokens - rows)
+
+
+def mask_width(footprint: Footprint) -> int:
+    """Tokens that a row of a dense mask is wide."""
+    return footprint.tokens if footprint.packed else footprint.width
+
+
+def largest_passes(footprint: Footprint, paths: Paths) -> tuple[Footprint, ...]:
+    """Passes of a run of which one takes the most: the largest, and the largest whose chunks of logits are full.
+
+    Just above a full chunk there are two of half the size.
+    """
+    full = scored_rows(footprint) // CHUNK_ROWS * CHUNK_ROWS
+    if not paths.loss or full in (0, scored_rows(footprint)):
+        return (footprint,)
+    smaller = footprint
+    while (above := scored_rows(smaller) - full) > 0:  # twice or thrice: fewer tokens may be fewer rows
+        smaller = replace(smaller, tokens=smaller.tokens - above)
+    return footprint, smaller
+
+
+def chunk_rows(scored: int) -> int:
+    """Rows of logits that are there at once: of so many, in chunks of one size."""
+    return -(-scored // max(1, -(-scored // CHUNK_ROWS)))
