@@ -15,7 +15,9 @@ from llmtune.checkpoints import (
     MANIFEST,
     best_of,
     commit,
+    facts_of,
     list_checkpoints,
+    matching,
     newest_verified,
     read_manifest,
     replace_directory,
@@ -28,7 +30,7 @@ from llmtune.checkpoints import (
 )
 from llmtune.checkpoints.manifest import verify_once
 from llmtune.checkpoints.sharing import SPARES
-from llmtune.errors import CheckpointError
+from llmtune.errors import CheckpointError, ConfigError
 
 
 def make(
@@ -404,3 +406,34 @@ def test_a_final_directory_is_replaced_whole(tmp_path: Path) -> None:
     replace_directory(staged, final)
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
     assert [(path.name, path.read_text()) for path in final.iterdir()] == [("weights", "new")]
+
+
+# --- search -----------------------------------------------------------------------------------------------------------
+
+
+def found(root: Path, *conditions: str) -> list[int]:
+    return [info.step for info in matching(list_checkpoints(root), conditions)]
+
+
+def test_checkpoints_are_found_by_anything_that_is_known_about_them(tmp_path: Path) -> None:
+    versions = {"torch": "2.13.0+cpu"}
+    make(tmp_path, 2, metrics={"eval_loss": 2.0}, versions=versions)
+    make(tmp_path, 4, metrics={"eval_loss": 1.0}, versions=versions, open_incident=True)
+    make(tmp_path, 10, metrics={}, versions={"torch": "2.14.0"})
+    assert found(tmp_path) == [10, 4, 2]
+    assert found(tmp_path, "eval_loss<1.5") == [4]
+    assert found(tmp_path, "eval_loss <= 2") == [4, 2]
+    assert found(tmp_path, "healthy=true") == [10, 2]
+    assert found(tmp_path, "healthy!=yes") == [4]
+    assert found(tmp_path, "step>=4", "versions.torch=2.13.0+cpu") == [4]
+    assert found(tmp_path, "versions.torch!=2.13.0+cpu") == [10]
+    assert found(tmp_path, "step=four") == []
+    facts = facts_of(list_checkpoints(tmp_path)[1])
+    assert (facts["eval_loss"], facts["versions.torch"], facts["open_incident"]) == (1.0, "2.13.0+cpu", True)
+    assert "files" not in facts
+
+
+def test_every_condition_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    make(tmp_path, 2, metrics={"eval_loss": 2.0})
+    with pytest.raises(ConfigError, match=r"'eval_los' is in no checkpoint, did you mean 'eval_loss'.*got 'best'"):
+        found(tmp_path, "eval_los<1", "best")

@@ -373,6 +373,9 @@ def test_the_command_prunes_averages_and_tells_damage(
         (["list", "--keep", "2"], "--keep means nothing to list"),
         (["prune", "--keep", "1"], "got 1, expected 2 or more"),
         (["average", "--last", "2", "--best", "2"], "give one of them"),
+        (["list", "--where", "eval_los<1"], "did you mean 'eval_loss'"),
+        (["best", "--where", "step=2"], "--where means nothing to best"),
+        (["info", "--step", "77"], "no checkpoint of step 77"),
     ],
 )
 def test_the_command_says_what_it_cannot_do(
@@ -385,3 +388,14 @@ def test_the_command_says_what_it_cannot_do(
 def test_a_run_without_checkpoints_has_an_empty_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = RunDirectory.create(tmp_path / "run", identity={"data": "x"})
     assert told(capsys, str(run.path)) == []
+
+
+def test_one_is_shown_with_everything_that_is_known(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(runs["lora"])
+    steps = [entry["step"] for entry in told(capsys, run)]
+    facts = told(capsys, run, "info", "--step", str(steps[-1]))
+    assert (facts["step"], facts["healthy"], facts["cursor.global_batch_size"]) == (steps[-1], True, 8)
+    assert told(capsys, run, "info")["step"] == max(steps)
+    assert [entry["step"] for entry in told(capsys, run, "list", "--where", f"step={steps[0]}")] == [steps[0]]
+    assert main(["checkpoints", run, "info"]) == 0
+    assert "versions.torch" in capsys.readouterr().out

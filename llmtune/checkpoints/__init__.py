@@ -13,6 +13,7 @@ from llmtune.checkpoints.listing import (
 from llmtune.checkpoints.manifest import MANIFEST, Verification, read_manifest, verify, write_manifest
 from llmtune.checkpoints.places import staging_root, step_of
 from llmtune.checkpoints.retention import Retention, retain, set_aside_after
+from llmtune.checkpoints.search import facts_of, matching
 
 __all__ = [
     "MANIFEST",
@@ -22,7 +23,9 @@ __all__ = [
     "average",
     "best_of",
     "commit",
+    "facts_of",
     "list_checkpoints",
+    "matching",
     "metric_of",
     "newest_verified",
     "open_place",

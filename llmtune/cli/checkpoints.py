@@ -14,13 +14,22 @@ from llmtune.console import speaker
 if TYPE_CHECKING:
     from llmtune.checkpoints import CheckpointInfo
 
-ACTIONS = ("list", "verify", "best", "prune", "average")
+ACTIONS = ("list", "info", "verify", "best", "prune", "average")
 
-Action = Annotated[str, typer.Argument(metavar="[ACTION]", help="list (the default), verify, best, prune or average.")]
+Action = Annotated[
+    str, typer.Argument(metavar="[ACTION]", help="list (the default), info, verify, best, prune or average.")
+]
 Metric = Annotated[
     str | None,
     typer.Option("--metric", metavar="NAME", help="What best means; the run's own evaluate.metric if not given."),
 ]
+Where = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--where", metavar="CONDITION", help="list: those of which it is true, e.g. 'eval_loss<1.5'; repeatable."
+    ),
+]
+Step = Annotated[int | None, typer.Option("--step", metavar="N", help="info: of which; the newest if not given.")]
 Keep = Annotated[int | None, typer.Option("--keep", metavar="N", help="prune: newest ones kept besides the best.")]
 Last = Annotated[int | None, typer.Option("--last", metavar="N", help="average: the newest N; 3 if not given.")]
 Best = Annotated[int | None, typer.Option("--best", metavar="N", help="average: the best N by --metric instead.")]
@@ -32,12 +41,14 @@ Target = Annotated[
 @command(
     "checkpoints",
     example="""
-llmtune checkpoints chats-tinyllama-3f9a1c
+llmtune checkpoints chats-tinyllama-3f9a1c --where healthy=true --where 'eval_loss<1.5'
 llmtune checkpoints chats-tinyllama-3f9a1c average --best 3 --output averaged""",
 )
 def checkpoints(
     run: Run,
     action: Action = "list",
+    where: Where = None,
+    step: Step = None,
     metric: Metric = None,
     keep: Keep = None,
     last: Last = None,
@@ -47,15 +58,18 @@ def checkpoints(
 ) -> None:
     """Show the checkpoints of a run, or do something with them.
 
-    list shows them, and verify ends with code 6 if a file of any differs from its manifest; both read every byte. best
-    names the best one. prune deletes old ones; the best, the newest healthy one and what does not verify stay. average
-    writes the arithmetic mean of several as a directory that peft or transformers loads.
+    list shows them, and verify ends with code 6 if a file of any differs from its manifest; both read every byte. info
+    shows everything that is known about one, by the names that --where takes. best names the best one. prune deletes
+    old ones; the best, the newest healthy one and what does not verify stay. average writes the arithmetic mean of
+    several as a directory that peft or transformers loads.
     """
-    given = {"--keep": keep, "--last": last, "--best": best, "--output": output}
+    given = {"--where": where, "--step": step, "--keep": keep, "--last": last, "--best": best, "--output": output}
     _require(action, {name for name, value in given.items() if value is not None})
     path = find_run(run)
     if action == "list":
-        _list(path, as_json)
+        _list(path, where or [], as_json)
+    elif action == "info":
+        _info(path, step, as_json)
     elif action == "verify":
         _verify(path, as_json)
     elif action == "best":
@@ -71,7 +85,12 @@ def _require(action: str, given: set[str]) -> None:
 
     if action not in ACTIONS:
         raise ConfigError("checkpoints", [f"'{action}' is unknown{did_you_mean(action, ACTIONS)}"])
-    taken = {"prune": {"--keep"}, "average": {"--last", "--best", "--output"}}.get(action, set())
+    taken = {
+        "list": {"--where"},
+        "info": {"--step"},
+        "prune": {"--keep"},
+        "average": {"--last", "--best", "--output"},
+    }.get(action, set())
     problems = [f"{name} means nothing to {action}" for name in sorted(given - taken)]
     if {"--last", "--best"} <= given:
         problems.append("got --last and --best; give one of them")
@@ -79,14 +98,32 @@ def _require(action: str, given: set[str]) -> None:
         raise ConfigError("checkpoints", problems)
 
 
-def _list(run: Path, as_json: bool) -> None:
-    infos = _infos(run)
+def _list(run: Path, where: list[str], as_json: bool) -> None:
+    from llmtune.checkpoints import matching
+
+    infos = matching(_infos(run), where)
     if as_json:
         speaker.emit([_shown(info) for info in infos])
     elif not infos:
-        speaker.say(f"{run} has no checkpoints")
+        speaker.say(f"{run} has no {'such ' if where else ''}checkpoints")
     else:
         _table(infos)
+
+
+def _info(run: Path, step: int | None, as_json: bool) -> None:
+    from llmtune.checkpoints import facts_of
+    from llmtune.errors import ConfigError
+
+    infos = {info.step: info for info in _infos(run)}
+    wanted = step if step is not None else max(infos, default=None)
+    if wanted not in infos:
+        known = ", ".join(map(str, infos)) or "none"
+        raise ConfigError("--step", [f"{run} has no checkpoint of step {wanted or 'any'}; there are: {known}"])
+    facts = facts_of(infos[wanted])
+    if as_json:
+        speaker.emit(facts)
+    else:
+        speaker.table("", ("name", "value"), [(name, _number(value)) for name, value in facts.items()])
 
 
 def _verify(run: Path, as_json: bool) -> None:
