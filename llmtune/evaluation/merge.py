@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from llmtune.errors import ModelError
+from llmtune.kernels.adapters import detach_adapters
 
 # How far a merged module may be from the unmerged one, relative to the size of its output: some roundings of the base's
 # type; where the base is quantised anew, NF4's own error (0.09 for builtin:tiny, 0.33 for a random model 32 wide). A
@@ -62,6 +63,7 @@ def _merged_difference(module: Any) -> tuple[float, float]:
     """How far a merged copy of ``module`` is from an unmerged one, relative to its output, and how far it may be."""
     draws = torch.Generator().manual_seed(0)
     twin = copy.deepcopy(module).eval()
+    detach_adapters(twin)  # what is merged is PEFT's; and a copy that holds its own forward would outlive this check
     base = twin.get_base_layer()
     inputs = _inputs(base, twin.in_features, draws)
     alone = base(inputs).float()

@@ -47,6 +47,7 @@ class ModelSpec:
         known_from: ``config`` (read from the model) or ``catalogue`` (nothing was downloaded).
         residual_dropout: Whether the model drops a part of what its attention and MLP give.
         stored_item: Bytes of a weight on disk.
+        window: Tokens that attention looks back over, itself included; None for all, or where it is not known.
         activations: What one of its layers keeps and needs, where that is not written down for its architecture.
     """
 
@@ -61,6 +62,7 @@ class ModelSpec:
     known_from: str
     residual_dropout: bool = False
     stored_item: int = 2
+    window: int | None = None
     activations: TracedActivations | None = None
 
     @property
@@ -127,6 +129,7 @@ def read_spec(location: ModelLocation, family: str) -> ModelSpec:
         known_from="config",
         residual_dropout=(getattr(config.get_text_config(), "resid_pdrop", None) or 0.0) > 0,
         stored_item=4 if str(config.dtype).endswith("float32") else 2,
+        window=getattr(config.get_text_config(), "sliding_window", None),
         activations=None if has_closed_form(config, type(model).__name__) else _traced(model),
     )
 

@@ -248,6 +248,7 @@ def _footprint(
         # Every multiple of the padding occurs in a long run; passes of rows all alike are full ones and one last.
         shapes=2 if request.equally_long else max(1, min(load.most_tokens // PAD_MULTIPLE, math.ceil(passes))),
         varlen=request.has_varlen,
+        window=request.spec.window,
         threads=threads_of(request),
     )
 
