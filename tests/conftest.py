@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+from cgroups import MemoryGroup, NoMemoryGroupError, memory_group
 from factories import DIRECTORY_NAMES, save_family_model
 
 from llmtune.hardware import yield_cores
@@ -31,6 +34,20 @@ def _own_surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
         patch.setenv("LLMTUNE_CACHE", str(tmp_path_factory.mktemp("cache")))
         patch.delenv("LLMTUNE_STORE", raising=False)
         yield
+
+
+@pytest.fixture
+def limit() -> Iterator[Any]:
+    """``limit(bytes)``: a group with that limit, gone after the test; skips where none can be made."""
+    with ExitStack() as stack:
+
+        def make(limit_bytes: int) -> MemoryGroup:
+            try:
+                return stack.enter_context(memory_group(limit_bytes))
+            except NoMemoryGroupError as error:
+                pytest.skip(str(error))
+
+        yield make
 
 
 _fault_outcomes: dict[int, set[str]] = {}

@@ -6,13 +6,11 @@ import json
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cgroups import MemoryGroup, NoMemoryGroupError, memory_group
 from factories import save_family_model
 from shortages import RunsOut, changed_models
 from tuning import evaluations, events, history, tune, weights
@@ -101,20 +99,6 @@ FineTuner(rows, model=model, output=output, callbacks=[Neighbour()], method="lor
     **{{"output.root": str(Path(output).parent), "evaluate.base": False, "evaluate.every_steps": 4,
        "recover.memory_guard": guard == "yes", "activation_checkpointing": False}}).train()
 """
-
-
-@pytest.fixture
-def limit() -> Iterator[Any]:
-    """``limit(bytes)``: a group with that limit, gone after the test; skips where none can be made."""
-    with ExitStack() as stack:
-
-        def make(limit_bytes: int) -> MemoryGroup:
-            try:
-                return stack.enter_context(memory_group(limit_bytes))
-            except NoMemoryGroupError as error:
-                pytest.skip(str(error))
-
-        yield make
 
 
 @pytest.mark.parametrize("at", [0, 1], ids=["first pass", "known pass"])

@@ -7,13 +7,11 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cgroups import MemoryGroup, NoMemoryGroupError, memory_group
+from cgroups import memory_group
 from factories import save_family_model
 from tuning import history
 
@@ -52,20 +50,6 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [" ".join(rng.choices(("lamp", "keeps", "who", "number", "and"), k=rng.randint(8, 60))) for _ in range(96)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
-
-
-@pytest.fixture
-def limit() -> Iterator[Any]:
-    """``limit(bytes)``: a group with that limit, gone after the test; skips where none can be made."""
-    with ExitStack() as stack:
-
-        def make(limit_bytes: int) -> MemoryGroup:
-            try:
-                return stack.enter_context(memory_group(limit_bytes))
-            except NoMemoryGroupError as error:
-                pytest.skip(str(error))
-
-        yield make
 
 
 def settings(model: Path, rows: Path, output: Path, **changes: Any) -> dict[str, Any]:

@@ -248,9 +248,7 @@ def _to_raise(
     stands = "There is no checkpoint yet" if checkpoint is None else f"The last good checkpoint is {checkpoint}"
     account = f"{stands}; continue with: {resume_command(run)}. Failure report: {report}"
     if type(error) is TrainingError:
-        known = resume_command(run) in str(error)
-        more = f"{stands}. Failure report: {report}" if known else account
-        return TrainingError(f"{error}. {more}")
+        return TrainingError(f"{error}. {account}")
     nothing_started = isinstance(error, OutputError) and failure.step == 0
     if isinstance(error, RecoveryExhausted):
         return RecoveryExhausted(failure, reason, account)

@@ -13,6 +13,7 @@ from llmtune.evaluation import Prompt, answer, as_base, prompts_of
 from llmtune.evaluation.generation import ROWS_AT_ONCE
 from llmtune.training.meter import free_caches, is_out_of_memory
 from llmtune.training.recovery import Failure
+from llmtune.training.shortage import first_line
 
 if TYPE_CHECKING:
     from llmtune.training.train import TrainingJob
@@ -61,13 +62,17 @@ class Answers:
 
     def _fewer(self, error: str, prompts: Sequence[Prompt]) -> int:
         recoveries, rows = self._trainer.recoveries, min(self._rows, len(prompts))
-        first_line = next(iter(error.strip().splitlines()), "")[:300]
         longest = max(len(prompt.input_ids) for prompt in prompts)
         failure = Failure(
             kind="evaluation_out_of_memory",
             cause=CAUSE,
             step=self._trainer.state.global_step,
-            evidence={"phase": "evaluation", "rows": rows, "longest_prompt_tokens": longest, "error": first_line},
+            evidence={
+                "phase": "evaluation",
+                "rows": rows,
+                "longest_prompt_tokens": longest,
+                "error": first_line(error),
+            },
             remedy="Lower --set evaluate.max_new_tokens, shorten the prompts, or use --set evaluate.num_samples=0.",
         )
         remedy = recoveries.decide(failure)

@@ -25,6 +25,7 @@ from llmtune.training.ranks import Ranks
 from llmtune.training.recoveries import Recoveries, briefly
 from llmtune.training.recovery import Failure, FailureKind, Remedy
 from llmtune.training.rollback import SAME_WINDOW, RollBack, newest_healthy, window_of
+from llmtune.training.shortage import drop_gradients
 from llmtune.training.spikes import Deviation, Spike, SpikeDetector
 from llmtune.training.trainer import UpdateTrainer
 
@@ -160,12 +161,12 @@ class NumberGuard(TrainerCallback, ExportableState):
             scaler.scale(torch.zeros((), device=first.device))  # which makes its scale, if this is its first use
             first.grad = torch.zeros_like(first)
             self._trainer.accelerator.unscale_gradients()
-        _drop_gradients(model)
+        drop_gradients(model)
 
     # ------------------------------------------------------------------ not finite
 
     def _drop(self, model: torch.nn.Module, step: int, loss: float, norm: float, *, layer: str | None) -> None:
-        _drop_gradients(model)
+        drop_gradients(model)
         numbers: dict[str, Any] = {"loss": loss, "grad_norm": norm}
         scaler = self._trainer.accelerator.scaler
         if scaler is not None and math.isfinite(loss):  # the search for a scale overflows now and then
@@ -251,11 +252,6 @@ class NumberGuard(TrainerCallback, ExportableState):
 
 
 _WITHOUT_FORMULA = ("reduce_lr_on_plateau", "greedy")
-
-
-def _drop_gradients(model: torch.nn.Module) -> None:
-    for parameter in model.parameters():
-        parameter.grad = None
 
 
 def _scale(model: torch.nn.Module, factor: float) -> None:

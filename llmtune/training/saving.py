@@ -34,13 +34,12 @@ from llmtune.errors import CheckpointError, LlmtuneError, RecoveryExhausted, Tra
 from llmtune.runs import RunDirectory
 from llmtune.training.ranks import Ranks
 from llmtune.training.recovery import classify
+from llmtune.training.recovery.classify import NO_ROOM_BYTES
 from llmtune.training.saved_facts import are_finite
 from llmtune.training.snapshot import RNG_NAME, Snapshot
 
 # What changes from save to save; all else of a checkpoint is the same throughout a run.
 CHANGING = frozenset({OPTIMIZER_NAME, COMPRESSED, SCHEDULER_NAME, SCALER_NAME, TRAINER_STATE_NAME, RNG_NAME, MANIFEST})
-# A write that failed with less left than this failed for want of room, whatever the library that wrote says.
-NO_ROOM_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

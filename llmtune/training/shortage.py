@@ -155,7 +155,7 @@ class Replays:
         row = int(data.lengths.argmax())
         longest = padded(int(data.lengths[row]), multiple)
         rows = 1 if token_budget <= longest else max(2, token_budget // longest)
-        evidence = {"phase": "evaluation", "rows": rows, "tokens": token_budget, "error": _first_line(error)}
+        evidence = {"phase": "evaluation", "rows": rows, "tokens": token_budget, "error": first_line(error)}
         failure = _failure("evaluation_out_of_memory", trainer.state.global_step, evidence)
         remedy = recoveries.decide(failure)
         if remedy.action != "smaller_evaluation" or rows == 1:
@@ -292,11 +292,12 @@ def _can_recompute(model: Any) -> bool:
 def _described(error: Exception, batch: dict[str, torch.Tensor], rows: tuple[int, ...], rank: int) -> FailedPass:
     tokens = batch["input_ids"].numel()
     return FailedPass(
-        rank=rank, rows=len(rows), tokens=tokens, row=rows[0], error=_first_line(str(error) or type(error).__name__)
+        rank=rank, rows=len(rows), tokens=tokens, row=rows[0], error=first_line(str(error) or type(error).__name__)
     )
 
 
-def _first_line(text: str) -> str:
+def first_line(text: str) -> str:
+    """What an error says, in one line for an event."""
     return next(iter(text.strip().splitlines()), "")[:300]
 
 
@@ -315,7 +316,7 @@ def _too_long(failure: Failure, data: EncodedDataset, row: int, tokens: int, rea
 
 def _over_ranks(error: Exception) -> TrainingError:
     return TrainingError(
-        f"memory ran out in an update: {_first_line(str(error))}. The model is spread over the ranks (FSDP, "
+        f"memory ran out in an update: {first_line(str(error))}. The model is spread over the ranks (FSDP, "
         "DeepSpeed), where ranks are in the middle of their exchanges and an update cannot be done again: live "
         "recovery is for whole models only. Lower --set train.token_budget and run the same command: it goes on from "
         "the last checkpoint"
