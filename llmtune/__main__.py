@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 
-from llmtune.heap import restart_without_holes
+from llmtune.heap import restart_with_tuned_heap
 
 
 def program() -> int:
     """One command in a process of its own; see `llmtune.cli.main`."""
-    restart_without_holes()
+    restart_with_tuned_heap()
     from llmtune.cli import main
 
     return main()

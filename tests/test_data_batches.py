@@ -9,15 +9,36 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmtune.data import Encoded, Part, collate, epoch_order, epoch_rows, micro_batches, padded, shard_rows
+from llmtune.data import (
+    Encoded,
+    Part,
+    collate,
+    epoch_order,
+    epoch_rows,
+    micro_batches,
+    pass_tokens,
+    pass_width,
+    shard_rows,
+)
 from llmtune.training.updates import UpdateSampler
 
 LENGTHS = st.lists(st.integers(1, 300), min_size=1, max_size=40).map(lambda values: np.array(values, np.int32))
-MULTIPLES = st.sampled_from([1, 8, 16])
+MULTIPLES = st.sampled_from([1, 8, 16, 64])
 
 
-def pass_tokens(lengths, batches, multiple):
-    return [len(batch) * padded(int(lengths[batch].max()), multiple) for batch in batches]
+def tokens_of(lengths, batches, multiple):
+    return [len(batch) * pass_width(int(lengths[batch].max()), len(batch), multiple) for batch in batches]
+
+
+@given(longest=st.integers(0, 500), rows=st.integers(1, 40), multiple=MULTIPLES)
+def test_tokens_of_passes_lie_on_a_grid(longest, rows, multiple):
+    """The least width that holds the longest row, is one of eight, and makes the pass a multiple."""
+    width = pass_width(longest, rows, multiple)
+    fitting = (w for w in range(max(longest, 1), 2000) if w % min(multiple, 8) == 0 and w * rows % multiple == 0)
+    assert width == next(fitting)
+    assert pass_tokens(longest, rows, multiple).tolist() == [
+        count * pass_width(longest, count, multiple) for count in range(1, rows + 1)
+    ]
 
 
 @given(lengths=LENGTHS, budget=st.integers(1, 1000), most=st.none() | st.integers(1, 8), multiple=MULTIPLES)
@@ -26,7 +47,7 @@ def test_micro_batches_hold_every_row_once_within_the_budget(lengths, budget, mo
     how = {"token_budget": budget, "max_rows": most, "pad_multiple": multiple}
     batches = micro_batches(lengths, rows, **how)
     assert sorted(row for batch in batches for row in batch) == rows
-    for batch, tokens in zip(batches, pass_tokens(lengths, batches, multiple), strict=True):
+    for batch, tokens in zip(batches, tokens_of(lengths, batches, multiple), strict=True):
         assert len(batch) == 1 or tokens <= budget
         assert most is None or len(batch) <= most
     longest = [int(lengths[batch].max()) for batch in batches]
@@ -58,13 +79,13 @@ def test_no_partition_is_better(lengths, budget, most, multiple, overhead):
     """Against all partitions into any subsets: the fewest passes, then the least padding; or the least of their sum."""
 
     def cost(batches):
-        tokens = sum(pass_tokens(lengths, batches, multiple))
+        tokens = sum(tokens_of(lengths, batches, multiple))
         return (len(batches), tokens) if overhead is None else tokens + overhead * len(batches)
 
     def allowed(batches):
         return all(
             len(batch) == 1 or (tokens <= budget and len(batch) <= (most or len(batch)))
-            for batch, tokens in zip(batches, pass_tokens(lengths, batches, multiple), strict=True)
+            for batch, tokens in zip(batches, tokens_of(lengths, batches, multiple), strict=True)
         )
 
     found = micro_batches(
@@ -107,7 +128,7 @@ def test_little_is_padded():
         for _ in range(8):
             lengths = np.clip(rng.lognormal(np.log(median), spread, 256), 8, 20 * median).astype(np.int32)
             batches = micro_batches(lengths, range(256), token_budget=1024, pad_multiple=8, pass_overhead_tokens=64)
-            real, cut = real + int(lengths.sum()), cut + sum(pass_tokens(lengths, batches, 8))
+            real, cut = real + int(lengths.sum()), cut + sum(tokens_of(lengths, batches, 8))
         assert 1 - real / cut < most
 
 

@@ -11,21 +11,32 @@ from pathlib import Path
 import pytest
 
 from llmtune import heap
-from llmtune.heap import NO_SMALL_CACHES, VARIABLE, leaves_holes
+from llmtune.heap import LARGE_PAGES, NO_SMALL_CACHES, VARIABLE, leaves_holes
 
 PROGRAM = """
 import json, os, sys
 before = os.environ.get("STARTED_AS")
 os.environ.setdefault("STARTED_AS", str(os.getpid()))
-from llmtune.heap import VARIABLE, restart_without_holes
-restart_without_holes()
+from pathlib import Path
+from llmtune import heap
+from llmtune.heap import VARIABLE, restart_with_tuned_heap
+heap.ON_REQUEST = Path(os.environ["PAGES"])
+restart_with_tuned_heap()
 told = {"pid": os.getpid(), "first": before, "heap": os.environ.get(VARIABLE), "argv": sys.argv[1:]}
 print(json.dumps(told | {"stdin": sys.stdin.read()}))
 """
 
 
-def started(version: str, environ: dict[str, str], tmp_path: Path) -> dict[str, object]:
-    """What a program sees that restarts itself on a machine with this C library."""
+SOURCES = Path(heap.__file__).parents[1]
+BOTH = f"{NO_SMALL_CACHES}:{LARGE_PAGES}"
+
+
+def started(
+    version: str, environ: dict[str, str], tmp_path: Path, pages: str | None = "always [madvise] never"
+) -> dict[str, object]:
+    """What a program sees that restarts itself on a machine with this C library and these large pages."""
+    if pages is not None:
+        (tmp_path / "enabled").write_text(pages)
     script = tmp_path / "program.py"
     script.write_text(PROGRAM)
     # Where the library is another one: said by the environment's sitecustomize.
@@ -37,7 +48,7 @@ def started(version: str, environ: dict[str, str], tmp_path: Path) -> dict[str, 
         capture_output=True,
         text=True,
         check=True,
-        env=clean | {"PYTHONPATH": str(tmp_path)} | environ,
+        env=clean | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{SOURCES}", "PAGES": str(tmp_path / "enabled")} | environ,
     )
     told: dict[str, object] = json.loads(done.stdout)
     return told
@@ -46,7 +57,7 @@ def started(version: str, environ: dict[str, str], tmp_path: Path) -> dict[str, 
 @pytest.mark.skipif(sys.platform != "linux", reason="the GNU C library")
 def test_the_command_is_the_same_process_with_the_same_arguments_and_input(tmp_path: Path) -> None:
     told = started("glibc 2.36", {}, tmp_path)
-    assert told["heap"] == NO_SMALL_CACHES
+    assert told["heap"] == BOTH
     assert told["first"] == str(told["pid"]), "restarted once, in the process that was started"
     assert (told["argv"], told["stdin"]) == (["train", "a file.jsonl"], "yes\n")
 
@@ -55,8 +66,9 @@ def test_the_command_is_the_same_process_with_the_same_arguments_and_input(tmp_p
 @pytest.mark.parametrize(
     ("version", "environ", "heap_of_it"),
     [
-        ("glibc 2.39", {}, None),
+        ("glibc 2.39", {}, LARGE_PAGES),
         ("glibc 2.31", {VARIABLE: "glibc.malloc.arena_max=2"}, f"glibc.malloc.arena_max=2:{NO_SMALL_CACHES}"),
+        ("", {}, None),
     ],
 )
 def test_restarted_where_it_helps_and_what_the_user_set_stays(
@@ -66,8 +78,17 @@ def test_restarted_where_it_helps_and_what_the_user_set_stays(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the GNU C library")
+@pytest.mark.parametrize("pages", ["[always] madvise never", "always madvise [never]", None])
+def test_large_pages_are_asked_for_where_the_kernel_gives_them_on_request(pages: str | None, tmp_path: Path) -> None:
+    assert started("glibc 2.36", {}, tmp_path, pages)["heap"] == NO_SMALL_CACHES
+    assert started("glibc 2.39", {}, tmp_path, pages)["heap"] is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the GNU C library")
 @pytest.mark.parametrize("own", ["glibc.malloc.tcache_count=3", "glibc.malloc.mxfast=64", NO_SMALL_CACHES])
-def test_a_user_who_decided_about_these_caches_is_left_alone(own: str, tmp_path: Path) -> None:
+def test_a_user_who_decided_about_a_setting_is_left_alone(own: str, tmp_path: Path) -> None:
+    assert started("glibc 2.36", {VARIABLE: own}, tmp_path)["heap"] == f"{own}:{LARGE_PAGES}"
+    own = f"{own}:glibc.malloc.hugetlb=0"
     told = started("glibc 2.36", {VARIABLE: own}, tmp_path)
     assert (told["heap"], told["first"]) == (own, None)
 

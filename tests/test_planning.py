@@ -399,7 +399,7 @@ def test_without_a_micro_batch_size_the_budget_alone_limits_a_pass():
 
 def test_widths_and_passes_suit_the_device():
     cpu, gpu_ = planned(hardware=machine()), planned()
-    assert (cpu.pad_multiple.value, gpu_.pad_multiple.value) == (8, 8)
+    assert (cpu.pad_multiple.value, gpu_.pad_multiple.value) == (64, 8)
     assert "compiled anew" in cpu.pad_multiple.reason
     assert "tensor cores" in gpu_.pad_multiple.reason
     assert cpu.pass_overhead_tokens.value == 64

@@ -280,7 +280,7 @@ def random_rows(lengths: list[int]) -> list[Encoded]:
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=12),
     limit=st.integers(1, 20).map(lambda n: 8 * n),
-    multiple=st.sampled_from([1, 8]),
+    multiple=st.sampled_from([1, 8, 64]),
     packing=st.booleans(),
 )
 def test_pieces_are_the_rows_put_together_anew(lengths: list[int], limit: int, multiple: int, packing: bool) -> None:

@@ -12,7 +12,7 @@ from llmtune.data.fix import write_fixed
 from llmtune.data.formats import FORMAT_NAMES, FORMATS, Format
 from llmtune.data.masks import ChatEncoder, Encoded
 from llmtune.data.packing import IGNORED, collate_packed, pack_rows
-from llmtune.data.partition import micro_batches, padded, shard_rows
+from llmtune.data.partition import micro_batches, padded, pass_tokens, pass_width, shard_rows
 from llmtune.data.preview import preview
 from llmtune.data.reading import Reading, read, summarise
 from llmtune.data.records import (
@@ -68,6 +68,8 @@ __all__ = [
     "micro_batches",
     "pack_rows",
     "padded",
+    "pass_tokens",
+    "pass_width",
     "preview",
     "read",
     "require_supervised",

@@ -10,7 +10,7 @@ import numpy as np
 
 from llmtune.data.masks import Encoded
 from llmtune.data.packing import IGNORED
-from llmtune.data.partition import padded
+from llmtune.data.partition import pass_width
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -70,14 +70,14 @@ def _shuffled(count: int, seed: int, stream: int) -> NDArray[np.int64]:
 
 
 def collate(encoded: Sequence[Encoded], pad_token_id: int, *, pad_multiple: int = 1) -> dict[str, Tensor]:
-    """One micro-batch as tensors, padded on the right to a multiple of ``pad_multiple``.
+    """One micro-batch as tensors, padded on the right; for ``pad_multiple`` see `pass_width`.
 
     Returns:
         ``input_ids``, ``attention_mask``, ``labels``: int64 [batch, seq]; labels are -100 where nothing is learned.
     """
     import torch
 
-    width = padded(max(len(row.input_ids) for row in encoded), pad_multiple)
+    width = pass_width(max(len(row.input_ids) for row in encoded), len(encoded), pad_multiple)
     input_ids = np.full((len(encoded), width), pad_token_id, dtype=np.int64)
     attention_mask = np.zeros((len(encoded), width), dtype=np.int64)
     labels = np.full((len(encoded), width), IGNORED, dtype=np.int64)

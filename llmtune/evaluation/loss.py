@@ -43,7 +43,7 @@ def score(
 ) -> Scores:
     """Evaluate ``model`` on every ``num_ranks``-th row of ``data``, starting at row ``rank``.
 
-    Rows are sorted by length and padded to the right, to a multiple of ``pad_multiple``; each forward pass holds at
+    Rows are sorted by length and padded to the right (``pad_multiple``: see `pass_width`); each forward pass holds at
     most ``token_budget`` padded tokens. The model is put back into the mode it was in.
     """
     rows = range(rank, len(data), num_ranks)

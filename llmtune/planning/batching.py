@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from llmtune.data import micro_batches
 from llmtune.planning.choice import Choice, asked_or
-from llmtune.planning.request import PAD_MULTIPLE, PlanRequest
+from llmtune.planning.request import PlanRequest
 
 # Padded tokens per forward pass. CPU: 768-1,024 was fastest on 0.1-1B models on two AMX cores; one GPU is bound by
 # kernel launches below 16k tokens at 1B.
@@ -149,10 +149,10 @@ def load_of(request: PlanRequest, budget: int, batch: int, overhead: int) -> Loa
         range(len(lengths)),
         token_budget=budget,
         max_rows=rows,
-        pad_multiple=PAD_MULTIPLE,
+        pad_multiple=request.pad_multiple,
         pass_overhead_tokens=overhead,
     )
-    shapes = [(len(piece), request.padded(int(max(lengths[row] for row in piece)))) for piece in pieces]
+    shapes = [(len(piece), request.padded(int(max(lengths[row] for row in piece)), len(piece))) for piece in pieces]
     padded_tokens = sum(count * width for count, width in shapes)
     per_row = request.mean_length * padded_tokens / float(lengths.sum())
     return Load(
@@ -203,12 +203,12 @@ def _packing(request: PlanRequest, load: Load) -> Choice[bool]:
 
 
 def _pad_multiple(request: PlanRequest) -> Choice[int]:
-    """What widths of padded rows are multiples of."""
+    """What the tokens of passes are multiples of."""
     reasons = {
-        "cpu": "few different shapes: a CPU's matrix kernels are compiled anew for each, about 0.1 s",
+        "cpu": "few different sizes: a CPU's matrix kernels are compiled anew for each, about 0.1 s",
         "accelerator": "tensor cores work on blocks of eight 2-byte values",
     }
-    return Choice(PAD_MULTIPLE, reasons[request.kind], "derived")
+    return Choice(request.pad_multiple, reasons[request.kind], "derived")
 
 
 def _pass_overhead_tokens(request: PlanRequest, load: Load) -> Choice[int]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from llmtune.planning.batching import Load
 from llmtune.planning.execution import threads_of
 from llmtune.planning.memory import Footprint, MemoryEstimate, predict_memory
-from llmtune.planning.request import PAD_MULTIPLE, PlanRequest
+from llmtune.planning.request import PlanRequest
 from llmtune.planning.timing import TimeEstimate, Workload, predict_time
 
 
@@ -52,7 +52,7 @@ def workload_of(
     """The whole run, with so many evaluations and checkpoints of so many bytes."""
     rows = math.ceil(request.eval_rows / request.processes)
     # Evaluation sorts all its rows by length: little is padded beyond the multiple, by half of it on average.
-    tokens = rows * (request.mean_length + PAD_MULTIPLE / 2)
+    tokens = rows * (request.mean_length + request.pad_multiple / 2)
     config = request.config.evaluate
     return replace(
         training_of(request, load, updates),

@@ -59,7 +59,7 @@ class Plan:
         token_budget: Most padded tokens per forward pass on one device.
         micro_batch_size: Most rows per forward pass on one device.
         packing: Whether rows are laid end to end in one sequence instead of being padded.
-        pad_multiple: What the widths of padded rows are multiples of.
+        pad_multiple: What rows x width of a pass is a multiple of.
         pass_overhead_tokens: What one more forward pass may cost in padding; None takes the fewest passes.
         accumulation: Forward passes per update on one device, on average (a description, not a setting: one data
             loader item is one update and holds as many micro-batches as its rows need).

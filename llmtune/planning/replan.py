@@ -17,7 +17,7 @@ from llmtune.planning.measurement import Measurement, Pass
 from llmtune.planning.memory import USABLE_SHARE, MemoryEstimate
 from llmtune.planning.plan import Plan
 from llmtune.planning.planner import variants
-from llmtune.planning.request import PAD_MULTIPLE, PlanRequest
+from llmtune.planning.request import PlanRequest
 from llmtune.planning.timing import RANGE, TimeEstimate
 from llmtune.units import format_bytes
 
@@ -45,13 +45,13 @@ def budget_after(plan: Plan, *, longest: int, base_bytes: int, passes: Sequence[
     if last.worst and last.token_budget <= longest:
         return None
     if last.ran_out:  # how much was missing is not known
-        return max(longest, _whole(last.tokens / 2)) if is_first or not last.worst else longest
+        return max(longest, _whole(plan, last.tokens / 2)) if is_first or not last.worst else longest
     per_token = (last.peak_bytes - base_bytes) / last.tokens
     first = passes[0]
     if not is_first and not first.ran_out and first.tokens > last.tokens and first.peak_bytes > last.peak_bytes:
         per_token = (first.peak_bytes - last.peak_bytes) / (first.tokens - last.tokens)
     too_much = last.peak_bytes - base_bytes - CAREFUL_SHARE * room
-    smaller = _whole(last.tokens - too_much / per_token)
+    smaller = _whole(plan, last.tokens - too_much / per_token)
     if is_first or smaller >= longest:
         return max(smaller, longest)
     one_row = last.peak_bytes - base_bytes - per_token * (last.tokens - longest)
@@ -100,9 +100,10 @@ def replan(request: PlanRequest, plan: Plan, measured: Measurement) -> Plan:
     return replace(plan, **changed, memory=memory, time=_time(request, plan, measured), fits=True, measured=measured)
 
 
-def _whole(tokens: float) -> int:
-    """Rounded down to what widths of padded rows are multiples of."""
-    return max(0, int(tokens)) // PAD_MULTIPLE * PAD_MULTIPLE
+def _whole(plan: Plan, tokens: float) -> int:
+    """Rounded down to what the tokens of passes are multiples of."""
+    multiple: int = plan.pad_multiple.value
+    return max(0, int(tokens)) // multiple * multiple
 
 
 def _to_come(plan: Plan) -> dict[str, int]:

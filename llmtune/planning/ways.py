@@ -18,7 +18,7 @@ from llmtune.planning.execution import threads_of
 from llmtune.planning.footprints import memory_of, time_of, training_of, workload_of
 from llmtune.planning.memory import USABLE_SHARE, Footprint, MemoryEstimate
 from llmtune.planning.precision import PrecisionChoices, choose_precision
-from llmtune.planning.request import PAD_MULTIPLE, PlanRequest
+from llmtune.planning.request import PlanRequest
 from llmtune.planning.schedule import LengthChoices
 from llmtune.units import format_bytes
 
@@ -246,7 +246,7 @@ def _footprint(
         processes=request.processes,
         accumulates=load.passes > 1,
         # Every multiple of the padding occurs in a long run; passes of rows all alike are full ones and one last.
-        shapes=2 if request.equally_long else max(1, min(load.most_tokens // PAD_MULTIPLE, math.ceil(passes))),
+        shapes=2 if request.equally_long else max(1, min(load.most_tokens // request.pad_multiple, math.ceil(passes))),
         varlen=request.has_varlen,
         window=request.spec.window,
         threads=threads_of(request),

@@ -20,7 +20,7 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llmtune.console import speaker
-from llmtune.data import IGNORED, collate, collate_packed, padded
+from llmtune.data import IGNORED, collate, collate_packed, pass_tokens, pass_width
 from llmtune.planning import Plan, PlanRequest
 from llmtune.planning.measurement import Measurement, Pass
 from llmtune.planning.replan import budget_after, formula_of, replan
@@ -108,7 +108,7 @@ def largest_rows(
         lengths: Tokens of every row.
         token_budget: Most padded tokens of a pass; a longer row goes alone.
         max_rows: Most rows of a pass.
-        pad_multiple: Widths of padded rows are multiples of this.
+        pad_multiple: See `pass_width`.
         packing: Whether rows are laid end to end instead of being padded.
     """
     order = np.argsort(-lengths, kind="stable")
@@ -124,11 +124,17 @@ def largest_rows(
             left -= int(ascending[end - 1])
             end -= 1
         return rows or [int(order[0])]
-    widths = -(-lengths[order].astype(np.int64) // pad_multiple) * pad_multiple
-    fitting = np.minimum(token_budget // widths, len(order) - np.arange(len(order)))
-    counts = np.clip(fitting, 1, max_rows)
-    start = int(np.argmax(counts * widths))
-    return [int(row) for row in order[start : start + counts[start]]]
+    # Of a run of rows the first is the longest; of equally long ones, the first leaves most to follow.
+    longest, starts = np.unique(-lengths[order], return_index=True)
+    best, chosen = 0, slice(0)
+    for length, start in zip(-longest, starts, strict=True):
+        most = max(1, min(max_rows, len(order) - start, token_budget // max(1, length)))
+        tokens = pass_tokens(int(length), most, pad_multiple)
+        tokens[1:] *= tokens[1:] <= token_budget
+        count = int(tokens.argmax())
+        if tokens[count] > best:
+            best, chosen = int(tokens[count]), slice(start, start + count + 1)
+    return [int(row) for row in order[chosen]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +175,7 @@ class _Probe:
     def run(self) -> Probed:
         """One pass with the largest batch; a second one with a smaller batch if need be, else with a typical one."""
         plan, lengths = self._job.plan, self._job.train_data.lengths
-        longest = padded(int(lengths.max()), 1 if plan.packing.value else plan.pad_multiple.value)
+        longest = pass_width(int(lengths.max()), 1, 1 if plan.packing.value else plan.pad_multiple.value)
         _read_all(self._trainer.model)
         self._meter.restart()
         loaded, tensors = self._largest([self._meter.used(), self._meter.used_by_tensors()])

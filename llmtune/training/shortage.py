@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from llmtune.data import IGNORED, EncodedDataset, padded
+from llmtune.data import IGNORED, EncodedDataset, padded, pass_width
 from llmtune.errors import RecoveryExhausted, TrainingError
 from llmtune.kernels.head import attach_loss, attached_rows
 from llmtune.training.meter import free_caches, is_out_of_memory
@@ -125,8 +126,7 @@ class Replays:
         remedy = recoveries.decide(failure)
         changes: dict[str, Any]
         if remedy.action == "split" and worst.rows > 1:
-            multiple = trainer.collator(1).pad_multiple
-            limit = max(multiple, worst.tokens // 2 // multiple * multiple)
+            limit = max(1, worst.tokens // 2)
             self._limit = limit if self._limit is None else min(limit, self._limit)
             trainer.set_token_budget(self._limit, evaluation=False)
             update = self._cut(update)
@@ -153,7 +153,7 @@ class Replays:
         trainer, recoveries = self._trainer, self._trainer.recoveries
         multiple = trainer.collator(1).pad_multiple
         row = int(data.lengths.argmax())
-        longest = padded(int(data.lengths[row]), multiple)
+        longest = pass_width(int(data.lengths[row]), 1, multiple)
         rows = 1 if token_budget <= longest else max(2, token_budget // longest)
         evidence = {"phase": "evaluation", "rows": rows, "tokens": token_budget, "error": first_line(error)}
         failure = _failure("evaluation_out_of_memory", trainer.state.global_step, evidence)
@@ -171,7 +171,7 @@ class Replays:
 def cut(update: Update, limit: int, *, pad_token_id: int, pad_multiple: int) -> Update:
     """``update`` with every micro-batch of more than ``limit`` padded tokens cut between its rows; one row stays whole.
 
-    Padded rows lose the padding that the longest row of their piece does not need; packed ones are padded anew.
+    The pieces are padded as passes of their rows are.
     """
     if all(batch["input_ids"].numel() <= limit for batch in update.micro_batches):
         return update
@@ -188,8 +188,8 @@ def cut(update: Update, limit: int, *, pad_token_id: int, pad_multiple: int) -> 
             if packed:
                 piece = _packed_piece(batch, sum(lengths[:start]), sum(lengths[:end]), pad_token_id, pad_multiple)
             else:
-                width = padded(max(lengths[start:end]), pad_multiple)
-                piece = {name: tensor[start:end, :width] for name, tensor in batch.items()}
+                width = pass_width(max(lengths[start:end]), end - start, pad_multiple)
+                piece = _padded_piece({name: tensor[start:end] for name, tensor in batch.items()}, width, pad_token_id)
             batches.append(piece)
             rows.append(numbers[start:end])
     return replace(update, micro_batches=batches, rows=tuple(rows), max_rows=max(map(len, rows)))
@@ -200,7 +200,8 @@ def _runs(lengths: Sequence[int], limit: int, multiple: int, *, packed: bool) ->
     runs, start = [], 0
     for end in range(1, len(lengths) + 1):
         inside = lengths[start:end]
-        tokens = padded(sum(inside), multiple) if packed else len(inside) * padded(max(inside), multiple)
+        width = 0 if packed else pass_width(max(inside), len(inside), multiple)
+        tokens = padded(sum(inside), multiple) if packed else len(inside) * width
         if tokens > limit and len(inside) > 1:
             runs.append((start, end - 1))
             start = end - 1
@@ -212,6 +213,13 @@ def _packed_lengths(batch: dict[str, torch.Tensor], count: int) -> list[int]:
     starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
     ends = [*starts[1:], batch["position_ids"].shape[1]]
     return [end - start for start, end in zip(starts, ends, strict=True)][:count]
+
+
+def _padded_piece(batch: dict[str, torch.Tensor], width: int, pad_token_id: int) -> dict[str, torch.Tensor]:
+    """Rows with as much padding as makes them ``width`` wide, be it less or more than they have."""
+    missing = max(0, width - batch["input_ids"].shape[1])
+    fill = {"input_ids": pad_token_id, "labels": IGNORED, "attention_mask": 0}
+    return {name: F.pad(tensor[:, :width], (0, missing), value=fill[name]) for name, tensor in batch.items()}
 
 
 def _packed_piece(

@@ -67,7 +67,7 @@ class LoopSettings:
         token_budget: Most padded tokens per forward pass.
         micro_batch_size: Most rows per forward pass.
         packing: Whether rows of an update are laid end to end instead of being padded; evaluation pads.
-        pad_multiple: Widths of padded rows are multiples of this.
+        pad_multiple: See `pass_width`.
         pass_overhead_tokens: See `micro_batches`.
         checkpoint_facts: Identity of the run, written to every manifest.
         stop_requested: Whether this process was asked to stop; ranks agree on it once per update.

@@ -114,7 +114,7 @@ class UpdateCollator:
         token_budget: Most tokens of a pass, padding included.
         max_rows: Most rows of a pass.
         packing: Whether rows are laid end to end instead of being padded.
-        pad_multiple: See `micro_batches`.
+        pad_multiple: See `pass_width`.
         pass_overhead_tokens: See `micro_batches`.
     """
 

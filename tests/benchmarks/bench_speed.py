@@ -422,6 +422,8 @@ def main() -> int:
         return min(1, prepare(asked.environments, chosen(asked.prepare, list(ENVIRONMENTS))))
     peers = chosen(asked.peers, [name for name in PEERS if name != REFERENCE])
     how = Protocol(pairs=asked.pairs, steps=asked.steps, warm=asked.warm, others_limit=asked.others)
+    if asked.root:
+        asked.root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=asked.root) as directory:
         case = Case(
             model=asked.model,

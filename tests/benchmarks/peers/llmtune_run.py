@@ -5,9 +5,9 @@ The one file here that imports llmtune. It runs in the environment of the benchm
 
 from __future__ import annotations
 
-from llmtune.heap import restart_without_holes
+from llmtune.heap import restart_with_tuned_heap
 
-restart_without_holes()  # as the command llmtune does for itself
+restart_with_tuned_heap()  # as the command llmtune does for itself
 
 from pathlib import Path  # noqa: E402
 
