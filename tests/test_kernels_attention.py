@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from llmtune.kernels import attention
+from llmtune.kernels import attention, cpu_attention
 from llmtune.kernels.attention import (
     NAME,
-    CausalAttention,
     attach_attention,
     attend,
     detach_attention,
     mask_is_needed,
 )
+from llmtune.kernels.cpu_attention import CausalAttention
 from llmtune.kernels.documents import Documents, variable_lengths
 from llmtune.planning.batching import PACKABLE
 
@@ -196,8 +196,8 @@ def errors(these: list[torch.Tensor], those: list[torch.Tensor]) -> list[float]:
 @contextmanager
 def cut_small(block: int, scores: int) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "_BLOCK", block)
-        patch.setattr(attention, "_SCORES", scores)
+        patch.setattr(cpu_attention, "_BLOCK", block)
+        patch.setattr(cpu_attention, "_SCORES", scores)
         yield
 
 
@@ -216,7 +216,7 @@ def test_gradients_in_blocks(
     """bf16 keeps eight bits: 2 ** -8 is one rounding. The bound is five of them, for a chain of six."""
     bounds = tuple(accumulate(lengths, initial=0))
     states = states_of(rows, *heads, bounds[-1], width, torch.bfloat16)
-    assert attention._in_blocks(states[0], states[1], bounds)
+    assert cpu_attention.goes_in_blocks(states[0], states[1], bounds)
     with cut_small(block, scores):
         mine = ours(states, width**-0.5, bounds)
     assert max(errors(mine, reference(states, width**-0.5, bounds))) < 5 * 2**-8
@@ -301,9 +301,9 @@ def test_which_passes_go_backward_in_blocks() -> None:
     module.num_key_value_groups = 3
     for dtype, tokens, key_heads, blocks in (
         (torch.bfloat16, 64, 1, True),
-        (torch.bfloat16, attention._LONGEST, 1, True),
-        (torch.bfloat16, attention._LONGEST + 1, 1, False),
-        (torch.bfloat16, attention._LONGEST, 3, False),
+        (torch.bfloat16, cpu_attention._LONGEST, 1, True),
+        (torch.bfloat16, cpu_attention._LONGEST + 1, 1, False),
+        (torch.bfloat16, cpu_attention._LONGEST, 3, False),
         (torch.float32, 64, 1, False),
     ):
         states = states_of(1, 3, key_heads, tokens, 8, dtype)
@@ -452,7 +452,7 @@ def test_what_the_kernel_for_variable_lengths_is_given(
     dense = learn(model, real, **batch)
     assert attach_attention(model) is None
     monkeypatch.setattr(varlen, "varlen_attn", written_out)
-    monkeypatch.setattr(attention, "_suits_cpu", lambda *states: False)
+    monkeypatch.setattr(attention, "takes", lambda *states: False)
     monkeypatch.setattr(attention, "_suits_varlen", lambda *states: True)
     if window:
         monkeypatch.setattr(Documents, "longest", lambda self: 0)

@@ -408,6 +408,16 @@ def test_widths_and_passes_suit_the_device():
     assert 0 < large.pass_overhead_tokens.value < gpu_.pass_overhead_tokens.value < 16384
 
 
+def test_packed_rows_are_not_compiled_for_unless_that_is_asked_for():
+    """Rows of one length, for so long that compiling the one shape pays."""
+    rows = stats(100_000, mean=256, longest=256)
+    assert planned(hardware=machine(), data=rows).compile.value is True
+    packed = planned(hardware=machine(), data=rows, packing=True)
+    assert packed.compile.value is False
+    assert "one by one" in packed.compile.reason
+    assert planned(hardware=machine(), data=rows, packing=True, compile=True).compile.value is True
+
+
 def test_a_plan_from_before_packing_goes_on_as_it_began():
     document = planned().to_json()
     for name in ("packing", "pad_multiple", "pass_overhead_tokens"):

@@ -75,11 +75,12 @@ def test_where_kernels_stand_back_logits_are_three_fp32_tensors_as_wide_as_the_v
 
 
 def test_numbers_of_the_kernels_are_the_kernels():
-    from llmtune.kernels import adapters, attention, loss
+    from llmtune.kernels import adapters, cpu_attention, loss
 
     assert paths.FEWEST_ROWS == adapters.FEWEST_ROWS
     assert (paths.WORK_ENTRIES, paths.BLOCK_ENTRIES) == (loss.WORK_ENTRIES, loss.BLOCK_ENTRIES)
-    assert (paths.BLOCK, paths.SCORES, paths.LONGEST) == (attention._BLOCK, attention._SCORES, attention._LONGEST)
+    of_attention = cpu_attention._BLOCK, cpu_attention._SCORES, cpu_attention._LONGEST
+    assert (paths.BLOCK, paths.SCORES, paths.LONGEST) == of_attention
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,8 @@ def _compile(request: PlanRequest, load: Load, seconds: float, updates: int, qua
     """Whether compilation pays: what it saves over the run against what its shapes cost."""
     if not request.hardware.can_compile:
         return Choice(False, "what torch.compile calls is not installed; llmtune doctor says what", "derived")
+    if request.config.train.packing:
+        return Choice(False, "rows of a packed sequence attend one by one, which no graph holds", "derived")
     if quantized:
         return Choice(False, "quantised layers are no graph that a compiler sees through", "derived")
     # Every multiple of the padding up to the longest row is a width of its own, unless all rows are as long.

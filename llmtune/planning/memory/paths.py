@@ -14,7 +14,7 @@ FEWEST_ROWS = 128
 # ``kernels.loss``: entries of the vocabulary that a thread of a CPU widens at once, and entries of a trained head's
 # gradient that are added up at once.
 WORK_ENTRIES, BLOCK_ENTRIES = 2**18, 2**20
-# ``kernels.attention``: queries of a block, scores of a product, longest document of heads that share keys.
+# ``kernels.cpu_attention``: queries of a block, scores of a product, longest document of heads that share keys.
 BLOCK, SCORES, LONGEST = 128, 2**20, 1024
 
 # What oneDNN asks torch for in a bf16 product over a vocabulary, beside sums in fp32: 0.5 MiB for 2,048 words, 1 to 1.1
