@@ -129,7 +129,7 @@ def run_training(job: TrainingJob, resume_from: Path | None) -> TrainingOutcome:
 
 @contextmanager
 def _frozen_objects() -> Iterator[None]:
-    """What is there now lives as long as training does: the garbage collector need not go through it again and again."""
+    """What is there now lives as long as training does: the garbage collector need not go through it time and again."""
     gc.collect()
     gc.freeze()
     try:
