@@ -366,7 +366,7 @@ def test_the_reason_of_the_batch_is_true():
 
 def test_an_asked_micro_batch_is_not_cut_by_the_usual_budget():
     plan = planned(hardware=machine(ram=64), data=stats(longest=1001), micro_batch_size=4)
-    assert plan.token_budget.value == 4 * 1008
+    assert plan.token_budget.value == 4 * 1024
     assert "your train.micro_batch_size" in plan.token_budget.reason
     assert plan.token_budget.source == "derived"
 
@@ -384,9 +384,9 @@ def test_both_limits_hold_when_both_are_asked_for():
 
 
 def test_a_row_above_the_budget_goes_alone_and_is_counted():
-    assert tokens_of(request_for(data=stats(longest=2000), token_budget=500)) == 2000
+    assert tokens_of(request_for(data=stats(longest=2000), token_budget=500)) == 2048
     plan = planned(hardware=machine(ram=64), data=stats(longest=2000))
-    assert plan.token_budget.value == 2000
+    assert plan.token_budget.value == 2048
     assert "more tokens than the usual 1,024" in plan.token_budget.reason
 
 

@@ -332,7 +332,8 @@ def test_a_pass_that_is_known_not_to_fit_is_not_begun() -> None:
         layers(200)
     with guard.passing(200):  # it fitted, and goes on to fit
         layers(200)
-    left[0] = 120 * MIB
+    assert guard._reserve is not None
+    left[0] = guard._reserve + 100 * MIB
     guard._asked_at -= FRESH_SECONDS
     with pytest.raises(OutOfMemoryError, match="a pass of 200 tokens takes") as error, guard.passing(200):
         pytest.fail("it was begun")
