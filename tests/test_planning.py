@@ -384,7 +384,7 @@ def test_both_limits_hold_when_both_are_asked_for():
 
 
 def test_a_row_above_the_budget_goes_alone_and_is_counted():
-    assert tokens_of(request_for(data=stats(longest=2000), token_budget=500)) == 2048
+    assert tokens_of(request_for(data=stats(longest=2000), token_budget=500)) == 2000
     plan = planned(hardware=machine(ram=64), data=stats(longest=2000))
     assert plan.token_budget.value == 2048
     assert "more tokens than the usual 1,024" in plan.token_budget.reason
