@@ -152,9 +152,10 @@ def quieten_libraries() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()  # "Loading weights": it is over in a moment
-    from datasets.utils.logging import disable_progress_bar
+    if "datasets" in sys.modules:  # the user's own data came with it; nothing here needs it, and it takes half a second
+        from datasets.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
+        disable_progress_bar()
     if not speaker.interactive:
         from huggingface_hub.utils.tqdm import disable_progress_bars
 

@@ -726,7 +726,6 @@ def test_a_layer_is_traced_on_tensors_without_values(p):
 
 
 # torch makes an instance of Function itself while it traces one.
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_a_compiled_layer_is_one_graph(adapted, p):
     model = adapted("llama", precision="bf16", dropout=p, targets=("q_proj", "down_proj"))

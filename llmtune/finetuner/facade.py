@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmtune.collector import importing
 from llmtune.config import RunConfig, load_config
 from llmtune.console import quieten_libraries, speaker
 from llmtune.data import DataReport
@@ -99,8 +100,12 @@ class FineTuner:
             LlmtuneError: One of the tree in ``llmtune.errors``; the run directory holds the failure report.
         """
         yield_cores()
-        quieten_libraries()
-        from llmtune.training import Ranks, run_training
+        with importing():
+            quieten_libraries()
+            from peft import get_peft_model  # noqa: F401  what else a training needs, all of it
+            from transformers import AutoModelForCausalLM  # noqa: F401
+
+            from llmtune.training import Ranks, run_training
 
         machine = facts.machine_of(self.config)
         if machine.device.index:
@@ -264,21 +269,22 @@ class FineTuner:
         require_lasting(model.tokenizer, trust_remote_code=self.config.model.trust_remote_code)
         torch.set_num_threads(plan.threads.value)
         set_seed(plan.seed.value)
-        weights = load_for_training(
-            model.location,
-            precision=plan.precision.value,
-            method=plan.method.value,
-            quantization=plan.quantization.value,
-            rank=plan.rank.value,
-            alpha=plan.alpha.value,
-            dropout=plan.dropout.value,
-            targets=plan.targets.value,
-            device=ranks.device,
-        )
-        for reason in attach_kernels(weights, sharded=ranks.is_sharded):
-            speaker.say(f"not on the fast path: {reason}")
-        if ranks.is_main:
-            base = facts.base_of(model.location)
+        with facts.reading_base(model.location) if ranks.is_main else nullcontext() as base_of:
+            weights = load_for_training(
+                model.location,
+                precision=plan.precision.value,
+                method=plan.method.value,
+                quantization=plan.quantization.value,
+                rank=plan.rank.value,
+                alpha=plan.alpha.value,
+                dropout=plan.dropout.value,
+                targets=plan.targets.value,
+                device=ranks.device,
+            )
+            for reason in attach_kernels(weights, sharded=ranks.is_sharded):
+                speaker.say(f"not on the fast path: {reason}")
+            base = None if base_of is None else base_of()
+        if base is not None:
             continuing.take_up(run, self._identity(model, data), self.config, base, continued, resume_from)
             account.started(run, plan, resume_from, ranks.size)
         ranks.wait()

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
+from llmtune.collector import importing
 from llmtune.config import RunConfig, cache_dir, has_hub_token, load_config
 from llmtune.console import quieten_libraries
 from llmtune.errors import ConfigError
@@ -71,6 +74,17 @@ class BaseModel:
     def to_json(self) -> dict[str, Any]:
         """``base_model`` in ``run.json`` and manifests."""
         return {"commit": self.commit, "files": self.files}
+
+
+@contextmanager
+def reading_base(location: ModelLocation) -> Iterator[Callable[[], BaseModel]]:
+    """A block that loads the weights; what it is given returns, once they are here, the content of their files.
+
+    The files of a directory are read meanwhile. Those of the Hub may only come with the weights.
+    """
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        begun = beside.submit(base_of, location) if location.revision is None else None
+        yield lambda: base_of(location) if begun is None else begun.result()
 
 
 def base_of(location: ModelLocation) -> BaseModel:
@@ -153,7 +167,9 @@ def model_of(config: RunConfig, machine: Machine, inputs: Inputs, *, download: b
         return Model(
             spec=spec_from_entry(known), preset=Preset.load(known.family), choice=choice, location=None, tokenizer=None
         )
-    quieten_libraries()
+    with importing():
+        quieten_libraries()
+        from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401  what is needed for all that follows
     location = locate(wanted)
     preset = preset_of(location)
     tokenizer = load_tokenizer(location, _chat_template(config))

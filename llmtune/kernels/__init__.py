@@ -1,4 +1,4 @@
-"""The fast path: loss on supervised rows alone, arithmetic of adapters, attention without masks that are not needed.
+"""The fast path: loss on supervised rows alone, arithmetic of adapters and norms, attention without needless masks.
 
 Each part computes what transformers and PEFT compute, or stands back and says why.
 """
@@ -29,8 +29,9 @@ def attach_kernels(model: Any, *, sharded: bool = False) -> tuple[str, ...]:
     from llmtune.kernels.adapters import attach_adapters
     from llmtune.kernels.attention import attach_attention
     from llmtune.kernels.head import attach_loss
+    from llmtune.kernels.layers import attach_layers
 
     refused = (attach_attention(model), attach_loss(model, chunk_rows=CHUNK_ROWS))
     adapters = attach_adapters(model) if hasattr(model, "peft_config") else None
     reasons = adapters.reasons if adapters is not None and adapters.num_left else ()
-    return (*(reason for reason in refused if reason is not None), *reasons)
+    return (*(reason for reason in refused if reason is not None), *reasons, *attach_layers(model))

@@ -27,6 +27,7 @@ class Stage:
         attention: Per token, what was added when torch's kernel for attention had gone backward; 0 without it.
         attention_pair: As above.
         attention_fixed: As above.
+        normed: Values per token that norms like Llama's read.
     """
 
     saved: float
@@ -41,6 +42,7 @@ class Stage:
     attention: float
     attention_pair: float
     attention_fixed: float
+    normed: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -43,13 +43,14 @@ class StageBytes:
     """What one piece of a model took: kept after its forward pass, and the most that each pass added while it ran.
 
     ``attention`` is what the backward pass had added when it had run torch's kernel for attention; less than nothing
-    where more had been freed.
+    where more had been freed. ``normed`` are the values that norms like Llama's have read.
     """
 
     saved: int = 0
     forward: int = 0
     backward: int = 0
     attention: int = 0
+    normed: int = 0
 
 
 class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -156,6 +157,8 @@ class PassTrace:
             for number, module in enumerate(self._modules):
                 hooks.enter_context(_removed(module.register_forward_pre_hook(self._enter(number))))
                 hooks.enter_context(_removed(module.register_forward_hook(self._leave(number))))
+            for module in filter(is_plain_norm, self._model.modules()):
+                hooks.enter_context(_removed(module.register_forward_pre_hook(self._norms)))
             for path, module in self._modules[-1].named_modules():
                 if is_linear(module):
                     hooks.enter_context(_removed(module.register_forward_pre_hook(self._reads(path))))
@@ -214,6 +217,9 @@ class PassTrace:
             self._read.append((path.rsplit(".", 1)[-1], self._live.watch(args[0])))
 
         return note
+
+    def _norms(self, module: Any, args: tuple[torch.Tensor, ...]) -> None:
+        self._stage.normed += args[0].numel()
 
     def _turn(self, number: int) -> None:
         """The gradient of a layer's output is there: its backward pass begins."""
@@ -284,6 +290,17 @@ def is_linear(module: torch.nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, torch.nn.Linear | Conv1D)
+
+
+def is_plain_norm(module: torch.nn.Module) -> bool:
+    """Whether it is an RMSNorm that does what Llama's does: transformers has many copies of it."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    def written(kind: type) -> tuple[Any, ...]:
+        code = getattr(kind.forward, "__code__", None)  # type: ignore[attr-defined]
+        return () if code is None else (code.co_code, code.co_names, code.co_consts)
+
+    return type(module).__name__.endswith("RMSNorm") and written(type(module)) == written(LlamaRMSNorm)
 
 
 def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
@@ -388,7 +405,8 @@ def _fit(measured: Sequence[StageBytes]) -> Stage:
         parts |= dict(
             zip((f"{which}_fixed", which, f"{which}_pair"), _solve([getattr(m, which) for m in measured]), strict=True)
         )
-    return Stage(**parts)
+    (rows, width), *_ = SHAPES
+    return Stage(**parts, normed=measured[0].normed / (rows * width))
 
 
 def _solve(sizes: Sequence[int]) -> tuple[float, float, float]:

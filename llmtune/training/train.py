@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
+from llmtune import collector
 from llmtune.checkpoints import newest_verified, replace_directory, step_of, sweep_leftovers
 from llmtune.checkpoints.listing import CheckpointInfo
 from llmtune.config import RunConfig
@@ -113,7 +112,7 @@ def run_training(job: TrainingJob, resume_from: Path | None) -> TrainingOutcome:
         trainer.measures = user_metrics(job, answers)
     prompts = prompts_of(job.eval_data, job.tokenizer, job.config.evaluate.num_samples) if job.eval_data else []
     base = base_answers(job, answers, prompts)
-    with stop.listening(), watchdog, _frozen_objects():
+    with stop.listening(), watchdog, collector.training():
         _train(job, trainer, resume_from)
     if guard.stopped and trainer.state.global_step < trainer.state.max_steps:
         reason = f"stopped by {stop.received or 'a signal to another rank'} after step {trainer.state.global_step}"
@@ -125,17 +124,6 @@ def run_training(job: TrainingJob, resume_from: Path | None) -> TrainingOutcome:
     tell_samples(job, answers, prompts, base, trainer.state.global_step if best is None else best)
     _save_final(job, trainer)
     return TrainingOutcome(steps=trainer.state.global_step, metrics=metrics, best_step=best)
-
-
-@contextmanager
-def _frozen_objects() -> Iterator[None]:
-    """What is there now lives as long as training does: the garbage collector need not go through it time and again."""
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _train(job: TrainingJob, trainer: UpdateTrainer, start: Path | None) -> None:

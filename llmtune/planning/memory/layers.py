@@ -19,6 +19,8 @@ from llmtune.planning.memory.paths import (
     blocks_bytes,
     loss_workspace,
     mask_width,
+    norm_blocks,
+    norm_is_ours,
     paths_of,
     scored_rows,
 )
@@ -70,6 +72,8 @@ class Pass:
         return self.tape.add([x], x.size, x.item, view=True)
 
     def _rms_norm(self, x: Value, width: int) -> Value:
+        if self._paths.norms and norm_is_ours(self._footprint, x.size / self._tokens, x.item):
+            return self._norm_in_blocks(x, width)
         add, rows = self.tape.add, x.size / width
         wide = self._cast(x, 4)
         square = add([wide], x.size, 4, saved=[wide], backward_work=2 * wide.num_bytes)
@@ -81,6 +85,21 @@ class Pass:
         item = max(x.item, self._arithmetic.stream)
         work = x.size * item * (self._full + (item != normal.item))
         return add([normal], x.size, item, saved=[normal] if self._full else (), backward_work=work, trains=self._full)
+
+    def _norm_in_blocks(self, x: Value, width: int) -> Value:
+        """As ``kernels.layers`` computes it: from its input and a factor for each row."""
+        block, narrow = norm_blocks(self._footprint, x.size, width), x.item != 4
+        return self.tape.add(
+            [x],
+            x.size,
+            max(x.item, self._arithmetic.stream),
+            saved=[x, Value(x.size / width, 4, gradient=False)],
+            folded=True,
+            trains=self._full,
+            # In fp32 the squares; of what is narrower, input and gradient too, and what was rounded.
+            forward_work=block * (10 if narrow else 4),
+            backward_work=block * (12 if narrow else 4),
+        )
 
     def _layer_norm(self, x: Value, width: int) -> Value:
         rows = x.size / width

@@ -14,6 +14,8 @@ FEWEST_ROWS = 128
 # ``kernels.loss``: entries of the vocabulary that a thread of a CPU widens at once, and entries of a trained head's
 # gradient that are added up at once.
 WORK_ENTRIES, BLOCK_ENTRIES = 2**18, 2**20
+# ``kernels.layers``: values of a block of rows per thread; fewer values of a norm's input are left to transformers.
+BLOCK_VALUES, FEWEST_VALUES = 2**16, 2**16
 # ``kernels.cpu_attention``: queries of a block, scores of a product, longest document of heads that share keys.
 BLOCK, SCORES, LONGEST = 128, 2**20, 1024
 
@@ -77,12 +79,14 @@ class Paths:
     Attributes:
         loss: The loss, in chunks of logits.
         adapters: Adapters on plain linear layers, in the base's precision.
+        norms: RMSNorms of the residual stream, in blocks of rows (on a CPU).
         blocks: The backward pass of attention, in blocks of products (on a CPU).
         masked: Whether attention gets a dense mask.
     """
 
     loss: bool
     adapters: bool
+    norms: bool
     blocks: bool
     masked: bool
 
@@ -100,6 +104,7 @@ def paths_of(spec: ModelSpec, footprint: Footprint, *, on_cpu: bool) -> Paths:
     return Paths(
         loss=whole and (traced is None or traced.plain_loss),
         adapters=whole and adapts and (traced is None or traced.plain_linears),
+        norms=whole and on_cpu and norm_is_ours(footprint, spec.shape.hidden, arithmetic_of(footprint).stream),
         blocks=attention and not masked and on_cpu and _in_blocks(spec, footprint),
         masked=masked,
     )
@@ -127,6 +132,16 @@ def _adapts(footprint: Footprint, *, on_cpu: bool) -> bool:
         return False  # no fast fp16 on a CPU; autocast would compute in fp16 what is fp32
     few = on_cpu and arithmetic.stream == 2 and footprint.tokens < FEWEST_ROWS
     return not few
+
+
+def norm_is_ours(footprint: Footprint, values: float, item: int) -> bool:
+    """Whether a norm that reads so many values per token, of ``item`` bytes each, is computed by our kernel."""
+    return (item == 4 or footprint.precision == "bf16") and values * footprint.tokens >= FEWEST_VALUES
+
+
+def norm_blocks(footprint: Footprint, values: float, width: int) -> float:
+    """Values of the block of rows that a norm of so many values works on."""
+    return min(values, width * max(1, BLOCK_VALUES * footprint.threads // width))
 
 
 def _in_blocks(spec: ModelSpec, footprint: Footprint) -> bool:

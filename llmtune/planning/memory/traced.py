@@ -13,6 +13,9 @@ from llmtune.planning.memory.tape import Cost, Value
 
 # What a dense mask adds to a layer that was traced without one.
 MASKED = ("saved_pair", "forward_pair")
+# Bytes per value that ``kernels.layers`` keeps less than transformers: an fp32 copy of what is narrower, and what was
+# normed where the weight is trained.
+NORM_KEEPS_LESS = {"half": 2, "single": 0, "trained": 4, "autocast": 4}
 
 
 def traced_costs(spec: ModelSpec, footprint: Footprint, *, on_cpu: bool) -> tuple[Cost, Cost]:
@@ -26,7 +29,8 @@ def traced_costs(spec: ModelSpec, footprint: Footprint, *, on_cpu: bool) -> tupl
     if paths.masked and not stage.saved_pair:  # what is traced has none
         stage = replace(stage, **{name: float(arithmetic_of(footprint).attention) for name in MASKED})
     blocks = blocks_bytes(spec, footprint, arithmetic_of(footprint).attention) if paths.blocks else 0.0
-    layer, outside = _cost(spec, footprint, stage, blocks=blocks), _cost(spec, footprint, around)
+    layer = _cost(spec, footprint, stage, blocks=blocks, norms=paths.norms)
+    outside = _cost(spec, footprint, around, norms=paths.norms)
     if not has_loss:
         outside = _with_loss(spec, footprint, outside, on_cpu=on_cpu)
     extra, work = _adapters(spec, footprint, on_cpu=on_cpu)
@@ -66,11 +70,13 @@ def _kind(footprint: Footprint) -> str:
     return "half" if arithmetic.stream == 2 else "single"
 
 
-def _cost(spec: ModelSpec, footprint: Footprint, stage: Stage, *, blocks: float = 0.0) -> Cost:
+def _cost(spec: ModelSpec, footprint: Footprint, stage: Stage, *, blocks: float = 0.0, norms: bool) -> Cost:
     tokens, pairs = footprint.tokens, footprint.tokens * mask_width(footprint)
     start = tokens * spec.shape.hidden * arithmetic_of(footprint).stream
-    saved = max(0.0, stage.saved * tokens + stage.saved_pair * pairs + stage.saved_fixed)
-    forward = max(saved, stage.forward * tokens + stage.forward_pair * pairs + stage.forward_fixed)
+    # Traced with transformers' norms, which keep more than ours.
+    less = NORM_KEEPS_LESS[_kind(footprint)] * stage.normed * tokens if norms else 0.0
+    saved = max(0.0, stage.saved * tokens + stage.saved_pair * pairs + stage.saved_fixed - less)
+    forward = max(saved, stage.forward * tokens + stage.forward_pair * pairs + stage.forward_fixed - less)
     # Gradients of weights that are there already are added to, one at a time; new ones stay.
     largest = 4.0 * max((module.in_features * module.out_features for module in spec.linears), default=0)
     weights = stage.backward_fixed if not footprint.accumulates else min(stage.backward_fixed, largest)
@@ -154,4 +160,5 @@ def _stage(*, saved: float, work: float) -> Stage:
         attention=0,
         attention_pair=0,
         attention_fixed=0,
+        normed=0,
     )
