@@ -33,19 +33,20 @@ BLOCK_VALUES = 2**16
 FEWEST_VALUES = 2**16
 _DTYPES = (torch.bfloat16, torch.float32)
 _WITH_VALUES = (torch.Tensor, nn.Parameter)  # others stand for tensors: fake ones, those spread over processes
-# The proof: rows that go in, of sizes between these powers of ten, so that an epsilon shows; and the share of bf16
-# values that may be rounded the other way. Rounding once where upstream rounds twice changes a quarter of them.
-_PROOF_ROWS, _PROOF_SIZES, _ROUNDED = 16, (-3.0, 1.0), 0.01
+# The proof: rows that go in, of sizes between these powers of ten, so that an epsilon shows.
+_PROOF_ROWS, _PROOF_SIZES = 16, (-3.0, 1.0)
 
 
 # ---------------------------------------------------------------------------------------------------------- arithmetic
 
 
 class RmsNorm(torch.autograd.Function):
-    """``weight · round(x / root(mean(x²) + eps))`` over the last dimension of ``x``, float [..., width].
+    """``weight · x / root(mean(x²) + eps)`` over the last dimension of ``x``, float [..., width].
 
-    Statistics and gradients are computed in fp32; what was normalised is rounded to the dtype of ``x`` before it is
-    multiplied, as transformers does. Saves ``x`` and fp32 [rows, 1].
+    All is computed in fp32 and rounded once, at the end, where transformers rounds what was normalised and the product.
+    Both are within one unit in the last place, but bf16 weights that are all near 1 make the second rounding err the
+    same way for all tokens: the gradient of a trained tiny model came from 0.9978-0.9994 to 0.9993-0.9996 (cosine to
+    that of the model in fp32, at four points of two runs). Saves ``x`` and fp32 [rows, 1].
     """
 
     @staticmethod
@@ -55,7 +56,7 @@ class RmsNorm(torch.autograd.Function):
         y = flat.new_empty(flat.shape, dtype=torch.promote_types(x.dtype, weight.dtype))
         factors = flat.new_empty((flat.shape[0], 1), dtype=torch.float32)
         squares, *wide = _scratch(flat, 1 + narrow)
-        rounded = torch.empty_like(squares, dtype=x.dtype) if narrow else squares
+        scale = weight.float()
         for part in _blocks(flat):
             values, result, factor = flat[part], y[part], factors[part]
             rows = result.shape[0]
@@ -63,13 +64,10 @@ class RmsNorm(torch.autograd.Function):
                 values = wide[0][:rows].copy_(values)
             square = torch.mul(values, values, out=squares[:rows])
             torch.mean(square, -1, keepdim=True, out=factor).add_(eps).rsqrt_()
-            normal = rounded[:rows]
             if narrow:
-                normal.copy_(values.mul_(factor))
+                result.copy_(values.mul_(factor).mul_(scale))
             else:
-                torch.mul(values, factor, out=normal)
-            # Not in place: in bf16 that takes three times as long.
-            torch.mul(normal, weight, out=result)
+                torch.mul(torch.mul(values, factor, out=square), scale, out=result)
         ctx.save_for_backward(x, weight, factors)
         return y.view(x.shape)
 
@@ -220,7 +218,7 @@ def _proof(norm: nn.Module, width: int) -> str | None:
             except (AttributeError, TypeError, ValueError, LookupError, RuntimeError) as error:
                 return f"is no plain RMSNorm: {' '.join(str(error).split())[:100]}"
             if not _alike(theirs, ours):
-                return "computes something else than a plain RMSNorm, or rounds it elsewhere"
+                return "computes something else than a plain RMSNorm"
     return None
 
 
@@ -229,4 +227,4 @@ def _alike(theirs: Any, ours: torch.Tensor) -> bool:
         return False
     if ours.dtype == torch.float32:
         return torch.allclose(theirs, ours, rtol=1e-6, atol=0)
-    return float((theirs != ours).float().mean()) <= _ROUNDED and torch.allclose(theirs, ours, rtol=2**-7, atol=0)
+    return torch.allclose(theirs, ours, rtol=2**-7, atol=0)  # twice rounded may be a step away from once

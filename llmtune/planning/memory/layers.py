@@ -96,8 +96,8 @@ class Pass:
             saved=[x, Value(x.size / width, 4, gradient=False)],
             folded=True,
             trains=self._full,
-            # In fp32 the squares; of what is narrower, input and gradient too, and what was rounded.
-            forward_work=block * (10 if narrow else 4),
+            # In fp32 the squares; of what is narrower, input and gradient too.
+            forward_work=block * (8 if narrow else 4),
             backward_work=block * (12 if narrow else 4),
         )
 
