@@ -16,6 +16,7 @@ from shortages import RunsOut, changed_models
 from tuning import evaluations, events, history, tune, weights
 
 from llmtune.errors import RecoveryExhausted
+from llmtune.kernels import CHUNK_ROWS
 from llmtune.runs import RunDirectory
 
 pytestmark = pytest.mark.fault
@@ -75,9 +76,9 @@ def test_fault_39_memory_runs_out_in_evaluation(family_model: Model, tmp_path: P
 
 # --- 40: the kernel kills ---------------------------------------------------------------------------------------------
 
-# With this vocabulary it is the logits that fill memory: 12 bytes for each of its entries and each token of a pass.
-VOCABULARY, BUDGET = 48_000, 1024
-FULL_PASS = 12 * VOCABULARY * BUDGET
+# With this vocabulary it is the logits of the loss's chunks that fill memory: 4 bytes for each of its entries and rows.
+VOCABULARY, BUDGET = 150_000, 1024
+CHUNK = 4 * VOCABULARY * CHUNK_ROWS
 # A neighbour takes memory after the run has been planned; in the second case the guard knows what a pass takes by then.
 RUN = f"""
 import sys
@@ -116,7 +117,7 @@ def test_fault_40_the_kernel_would_have_killed(tmp_path: Path, limit: Any, at: i
         done = group.run([sys.executable, str(tmp_path / "run.py"), *how], **settings)
         return done.returncode, group.kills, done.stderr[-3000:]
 
-    short = FULL_PASS // 2
+    short = CHUNK // 2
     assert run("free", "yes", 3 * 2**30)[:2] == (0, 0)
     assert run("killed", "no", short)[:2] == (-9, 1)
     code, kills, said = run("guarded", "yes", short)

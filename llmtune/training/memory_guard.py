@@ -90,11 +90,13 @@ class MemoryGuard:
         self._most = self._seen = resident_bytes()
         self._rise = 0
         with ExitStack() as stack:
-            for layer in _layers(self._model):
+            layers, head = _layers(self._model), _head(self._model)
+            for layer in layers:
                 stack.callback(layer.register_forward_hook(self._after_layer).remove)
-            head = None if attached_rows(self._model) else _head(self._model)
-            if head is not None:
+            if head is not None and attached_rows(self._model) is None:
                 stack.callback(head.register_forward_pre_hook(self._before_logits).remove)
+            elif layers:
+                stack.callback(layers[-1].register_forward_hook(self._before_loss).remove)
             yield
 
     # ------------------------------------------------------------------ what is known
@@ -143,6 +145,15 @@ class MemoryGuard:
         vocabulary = module.weight.shape[0]
         self._look(hidden[..., 0].numel() * vocabulary * LOGIT_BYTES)
         self._seen = None  # what the logits take is no step from layer to layer
+
+    def _before_loss(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        """After the last layer, where the loss is computed in chunks: the logits of one of them come next."""
+        rows, head = attached_rows(self._model), _head(self._model)
+        hidden = output[0] if isinstance(output, tuple) else output
+        if rows is None or head is None or not isinstance(head.weight, torch.Tensor):
+            return
+        self._look(min(rows, hidden[..., 0].numel()) * head.weight.shape[0] * head.weight.element_size())
+        self._seen = None
 
     def _look(self, coming: int = 0) -> None:
         """Compare what is resident, and what comes next, with what there may be.
