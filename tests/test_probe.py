@@ -211,7 +211,7 @@ def test_out_of_memory_in_the_probe_makes_passes_smaller_and_keeps_the_batch(
     assert f"{budget.value:,} instead of {before.token_budget.value:,}" in budget.reason
     assert "ran out of memory" in budget.reason
     assert plan.global_batch_size == before.global_batch_size
-    assert plan.accumulation.value >= before.accumulation.value
+    assert plan.accumulation.value > 1  # 8 rows of at most 64 tokens no longer go at once
     assert plan.measured is not None
     assert [one.ran_out for one in plan.measured.passes] == [True, False]  # two passes, no more
     assert memory.passes[:2] == [one.tokens for one in plan.measured.passes]
@@ -368,6 +368,18 @@ def test_after_two_passes_that_ran_out_rows_go_one_at_a_time(request_and_plan: t
     passes = [a_pass(1024, 10**8, ran_out=True), a_pass(512, 10**8, ran_out=True)]
     assert budget_after(plan, longest=LONGEST, base_bytes=0, passes=passes[:1]) == 512
     assert budget_after(plan, longest=LONGEST, base_bytes=0, passes=passes) == LONGEST
+
+
+@pytest.mark.parametrize("peak", [10**9 - 10**6, 10**9, 10**9 + 1])
+def test_a_pass_that_takes_nothing_to_be_seen_does_not_make_budgets_larger(
+    request_and_plan: tuple[Any, Plan], peak: int
+) -> None:
+    """What is there before it is too much already; it works in memory that the process had."""
+    plan, base = limited(request_and_plan[1], 9 * 10**8), 10**9
+    first = a_pass(512, peak, budget=1024)
+    assert budget_after(plan, longest=LONGEST, base_bytes=base, passes=[first]) == LONGEST
+    for second in (a_pass(512, peak, budget=LONGEST), a_pass(LONGEST, peak)):
+        assert budget_after(plan, longest=LONGEST, base_bytes=base, passes=[first, second]) is None
 
 
 def test_of_two_passes_of_one_shape_the_later_one_counts() -> None:

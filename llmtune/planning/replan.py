@@ -51,7 +51,8 @@ def budget_after(plan: Plan, *, longest: int, base_bytes: int, passes: Sequence[
     if not is_first and not first.ran_out and first.tokens > last.tokens and first.peak_bytes > last.peak_bytes:
         per_token = (first.peak_bytes - last.peak_bytes) / (first.tokens - last.tokens)
     too_much = last.peak_bytes - base_bytes - CAREFUL_SHARE * room
-    smaller = _whole(plan, last.tokens - too_much / per_token)
+    # A pass that took nothing that could be seen is no help in reckoning with: one row has to show it.
+    smaller = _whole(plan, last.tokens - too_much / per_token) if per_token > 0 and too_much > 0 else 0
     if is_first or smaller >= longest:
         return max(smaller, longest)
     one_row = last.peak_bytes - base_bytes - per_token * (last.tokens - longest)
