@@ -14,9 +14,9 @@ def importing() -> Iterator[None]:
 
     They make more than half a million objects that stay, and the collector goes over all of them again each time a
     quarter more has come: 4.7 s of processor time with it, 3.85 s without, for 8 MiB of memory (torch 2.13,
-    transformers 5.23, peft 0.21). What is there at the end is set aside for good: each full collection, of which there
-    is one before every training, would take 0.2 s. Where torch had been imported before, nothing is: its tensors may
-    be what the user means to let go of.
+    transformers 5.23, peft 0.21). What is there at the end is set aside until a training has ended: the full collection
+    before it would take 0.2 s. Where torch had been imported before, nothing is: its tensors may be what the user means
+    to let go of.
     """
     was_on, torch_is_new = gc.isenabled(), "torch" not in sys.modules
     gc.disable()

@@ -23,7 +23,9 @@ def padded(length: int, multiple: int) -> int:
 
 
 def pass_width(longest: int, num_rows: int, multiple: int) -> int:
-    """The width of a padded pass: rows x width is a multiple of ``multiple``, and the width one of eight (or less).
+    """The least width of a padded pass for which rows x width is a multiple of ``multiple``.
+
+    The width itself is a multiple of eight, or of ``multiple`` where that is less.
 
     Args:
         longest: Tokens of its longest row.
@@ -35,7 +37,7 @@ def pass_width(longest: int, num_rows: int, multiple: int) -> int:
 
 def pass_tokens(longest: int, most_rows: int, multiple: int) -> NDArray[np.int64]:
     """Tokens of passes of 1, 2, … ``most_rows`` rows with `pass_width`, int64 [most_rows]."""
-    steps = _steps(multiple, -(-most_rows // 64) * 64)[:most_rows]
+    steps = _steps(multiple, padded(most_rows, 64))[:most_rows]  # few different numbers, so few to remember
     return -(-max(1, longest) // steps) * steps * np.arange(1, most_rows + 1)
 
 
