@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
+import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from tuning import ROWS, SignalAt, events, tune, weights
 
 from llmtune import FineTuner
 from llmtune.errors import LlmtuneError, Preempted, RecoveryExhausted, UserCodeError
+from llmtune.finetuner import account
 from llmtune.finetuner.account import told
 from llmtune.planning import make_plan
 from llmtune.runs import RunDirectory
@@ -81,6 +84,26 @@ class Broken(TrainerCallback):
 
     def _divide(self, by: int) -> float:
         return 1 / by
+
+
+def test_a_launcher_that_ends_this_process_waits_for_the_account(
+    family_model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A signal of the moment in which it is written what has ended the run."""
+    written = account.write_failure
+
+    def write(*args: Any, **kwargs: Any) -> Path:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return written(*args, **kwargs)
+
+    monkeypatch.setattr(account, "write_failure", write)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(UserCodeError):
+        tune(family_model("llama"), tmp_path / "run", callbacks=[Broken(1)])
+    (report,) = reports(tmp_path / "run")
+    assert report["kind"] == "user_code"
+    assert RunDirectory.open(tmp_path / "run").run["exit_code"] == 1
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_fault_48_user_callback_raises(family_model: Model, tmp_path: Path) -> None:

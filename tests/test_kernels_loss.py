@@ -384,6 +384,7 @@ def test_every_family_learns_what_upstream_does(family: str, tied: bool, dtype: 
         ("smollm3", {}),
         ("olmo", {}),
         ("olmo2", {}),
+        ("gpt2", {}),
     ],
 )
 def test_scales_and_bounds_of_other_architectures_are_known(family: str, changes: dict[str, Any]) -> None:
@@ -399,7 +400,6 @@ def test_scales_and_bounds_of_other_architectures_are_known(family: str, changes
         ("mixtral", {}, "mixture of experts"),
         ("hyperclovax", {"logits_scaling": 2.0}, "where cross-entropy of its logits would be"),
         ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32}, "does not call its decoder"),
-        ("gpt2", {}, "not that of a decoder with a head"),
         ("bert-generation", {}, "not a plain linear layer|other parts"),
     ],
 )
@@ -411,6 +411,16 @@ def test_a_model_that_does_more_keeps_its_own_loss(family: str, changes: dict[st
     assert torch.tensor([word in reason for word in why.split("|")]).any()
     assert model.forward == forward
     assert attached_rows(model) is None
+
+
+def test_a_model_that_reads_more_of_its_decoder_keeps_its_own_loss() -> None:
+    class Nosy(type(tiny("llama"))):  # type: ignore[misc]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return self.model(*args, **kwargs).router_logits
+
+    model = tiny("llama")
+    model.__class__ = Nosy
+    assert "not that of a decoder with a head" in str(attach_loss(model, chunk_rows=4))
 
 
 def test_what_happens_in_training_mode_alone_is_found_out() -> None:

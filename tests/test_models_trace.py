@@ -233,7 +233,7 @@ def test_a_pass_takes_what_was_predicted(kind, way):
     for tensor in (*model.parameters(), *model.buffers()):
         torch.nn.init.zeros_(tensor)
     refused = attach_kernels(model)
-    assert bool(refused) == (kind == "gpt2")  # whose layers are no torch.nn.Linear, and which hands on more than states
+    assert bool(refused) == (kind == "gpt2" and how.method != "full")  # an adapter on Conv1D is PEFT's
     ids = torch.zeros(rows, width, dtype=torch.long)
     batch = {"input_ids": ids, "labels": ids}
     if how.packed:
@@ -251,4 +251,4 @@ def test_a_pass_takes_what_was_predicted(kind, way):
     # Ids, mask and labels were there before, the adapter's copies, and gradients of an earlier pass.
     before = 24 * how.tokens + passes.adapter_copies + (4 * trained if how.accumulates else 0)
     took = passes.peak().total - before
-    assert took == pytest.approx(measured, rel=0.05 if kind == "gpt2" else 0.02)
+    assert took == pytest.approx(measured, rel=0.06 if kind == "gpt2" else 0.02)

@@ -32,6 +32,7 @@ from llmtune.errors import (
 )
 from llmtune.finetuner.result import RunResult
 from llmtune.hardware import Hardware
+from llmtune.hardware.processes import ending
 from llmtune.planning import Plan
 from llmtune.planning.correction import experience
 from llmtune.runs import RunDirectory, RunStore, choose_directory, derive_name, is_run, redact
@@ -185,7 +186,8 @@ def told(run: RunDirectory) -> Iterator[None]:
         _close(run, "preempted", Preempted.exit_code)
         raise Preempted(f"{stop}. Continue with: {command}") from None
     except Exception as error:
-        ended = _failed(run, error)
+        with ending():
+            ended = _failed(run, error)
         if ended is error:
             raise
         raise ended from error

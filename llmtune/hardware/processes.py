@@ -69,3 +69,21 @@ def stoppable() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def ending() -> Iterator[None]:
+    """A block that writes down what has ended the process: SIGTERM and SIGINT, which would end it, change nothing.
+
+    A launcher sends the first one to all ranks as soon as one of them is gone. Only the main thread can do that;
+    elsewhere nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

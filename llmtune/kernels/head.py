@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from llmtune.kernels.loss import supervised_loss
+from llmtune.models.heads import decoder_of, own_loss, standing_in
 
 IGNORED = -100  # as transformers' losses have it
 _ATTACHED = "_supervised_head"
 # Arguments of a call that change what upstream's forward computes or returns beyond what is done here.
 _FOREIGN = ("shift_labels", "logits_to_keep", "output_router_logits", "ignore_index", "weight")
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # keys of configurations
 # The proof: so many positions, of which one has no label, and logits of this size, so that bounds of logits bend them.
 _PROOF_POSITIONS, _PROOF_LOGITS = 8, 30.0
 # Largest relative difference of the losses; in 16 bits upstream rounds the logits after each factor.
@@ -92,6 +92,11 @@ def attached_rows(model: Any) -> int | None:
     return None if head is None else head.chunk_rows
 
 
+def attached_decoder(model: Any) -> torch.nn.Module | None:
+    """What gives the hidden states to the loss of `attach_loss`; None where the model keeps its own loss."""
+    return None if attached_rows(model) is None else decoder_of(_causal(model))
+
+
 # ---------------------------------------------------------------------- whose loss it is
 
 
@@ -104,27 +109,14 @@ def _causal(model: Any) -> Any:
     return model if isinstance(model, PreTrainedModel) else None
 
 
-def _decoder(causal: Any) -> Any:
-    return causal._modules.get(causal.base_model_prefix)
-
-
 def _refusal(causal: Any) -> str | None:
     """Why the parts of this model are not those that are known; None where they are."""
-    from transformers.loss.loss_utils import ForCausalLMLoss
-
-    head, decoder = causal.get_output_embeddings(), _decoder(causal)
-    config = causal.config.get_text_config()
-    if type(head) is not torch.nn.Linear:
-        return f"its head is {'missing' if head is None else 'a ' + type(head).__name__}, not a plain linear layer"
-    if decoder is None or set(map(id, causal._modules.values())) != {id(decoder), id(head)}:
-        return f"{type(causal).__name__} has other parts than a decoder and a head: {', '.join(causal._modules)}"
-    if head.weight.is_meta or head.weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-        return "the weights of its head are elsewhere, or quantised"
-    if any(getattr(config, name, None) for name in _EXPERTS):
-        return "it is a mixture of experts, whose routers may have a loss of their own"
-    if causal.loss_function is not ForCausalLMLoss:
-        return "it has a loss function of its own"
-    return None
+    why = own_loss(causal)
+    if why is None:
+        weight = causal.get_output_embeddings().weight
+        if weight.is_meta or weight.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            return "the weights of its head are elsewhere, or quantised"
+    return why
 
 
 def _head(causal: Any, chunk_rows: int) -> _Head:
@@ -189,7 +181,8 @@ def _with_loss(
 ) -> Any:
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-    outputs = _decoder(causal)(**_for_decoder(kwargs))
+    decoder: Any = decoder_of(causal)
+    outputs = decoder(**_for_decoder(kwargs))
     states = outputs.last_hidden_state
     following = torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:].reshape(-1).to(states.device)
     positions = (following != IGNORED).nonzero().squeeze(1) if supervised_positions is None else supervised_positions
@@ -229,12 +222,13 @@ def _proof(causal: Any, head: _Head) -> str | None:
     states, modes and gradients stay as they were. It is done in evaluation and in training mode, for what upstream does
     in one of them alone.
     """
+    decoder: Any = decoder_of(causal)
     with _still(causal), torch.no_grad():
         states, batch = _proof_batch(causal, head)
         named: dict[str, Any] = batch | {"num_items_in_batch": 3}
         expected = []
         try:
-            with _stand_in(_decoder(causal), states) as calls:
+            with _noted(decoder, states) as calls:
                 for training in (False, True):
                     causal.train(training)
                     expected.append(float(causal.__class__.forward(causal, **named).loss))
@@ -242,7 +236,7 @@ def _proof(causal: Any, head: _Head) -> str | None:
         except (AttributeError, TypeError, ValueError, LookupError, RuntimeError) as error:
             return f"its forward pass is not that of a decoder with a head: {' '.join(str(error).split())[:200]}"
     if len(calls) != 3:  # the last is ours
-        return f"it does not call its decoder, {type(_decoder(causal)).__name__}, once"
+        return f"it does not call its decoder, {type(decoder).__name__}, once"
     for call in calls[:-1]:
         if call != calls[-1]:
             return f"it calls its decoder with {', '.join(call)}, not {', '.join(calls[-1])}"
@@ -281,30 +275,22 @@ def _still(causal: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _stand_in(decoder: Any, states: torch.Tensor) -> Iterator[list[dict[str, Any]]]:
+def _noted(decoder: Any, states: torch.Tensor) -> Iterator[list[dict[str, Any]]]:
     """Calls of ``decoder`` give ``states``; yields what it was called with, by name, but for what is None."""
-    from transformers.modeling_outputs import BaseModelOutputWithPast
-
     calls: list[dict[str, Any]] = []
     signature = inspect.signature(decoder.forward)
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def answer(*args: Any, **kwargs: Any) -> torch.Tensor:
         named = dict(signature.bind(*args, **kwargs).arguments)
         named |= named.pop("kwargs", {})
         ignored = ("num_items_in_batch",)  # of the loss, which upstream hands on
         calls.append(
             {name: _plain(value) for name, value in named.items() if value is not None and name not in ignored}
         )
-        return BaseModelOutputWithPast(last_hidden_state=states)
+        return states
 
-    own: Callable[..., Any] | None = decoder.__dict__.get("forward")
-    decoder.forward = forward
-    try:
+    with standing_in(decoder, answer):
         yield calls
-    finally:
-        del decoder.forward
-        if own is not None:
-            decoder.forward = own
 
 
 def _plain(value: Any) -> Any:

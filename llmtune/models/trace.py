@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from llmtune.models.activations import ARITHMETICS, LinearInput, Stage, TracedActivations
+from llmtune.models.heads import decoder_of, own_loss, standing_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -32,8 +33,6 @@ SHAPES = ((8, 512), (8, 1024), (16, 512))
 MOST_OPERATIONS = 10_000
 # Torch's kernel for attention on a CPU; its eighth argument says whether it is causal.
 FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-# Keys of configurations that count experts.
-_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 # Layers that are run; of more the last one counts, whose inputs are like those of all others.
 TRACED_LAYERS = 2
 
@@ -179,7 +178,9 @@ class PassTrace:
         if whole:
             loss: torch.Tensor = self._model(input_ids=ids, labels=ids, num_items_in_batch=1).loss
             return loss, None
-        states: torch.Tensor = decoder_of(self._model)(input_ids=ids).last_hidden_state
+        decoder = decoder_of(self._model)
+        assert decoder is not None, "only what has a plain loss is traced without it"
+        states: torch.Tensor = decoder(input_ids=ids).last_hidden_state
         return states, torch.empty_like(states)
 
     # ------------------------------------------------------------------ stages
@@ -303,46 +304,22 @@ def is_plain_norm(module: torch.nn.Module) -> bool:
     return type(module).__name__.endswith("RMSNorm") and written(type(module)) == written(LlamaRMSNorm)
 
 
-def decoder_of(model: PreTrainedModel) -> torch.nn.Module:
-    """What gives the hidden states that the head reads."""
-    decoder: torch.nn.Module = getattr(model, model.base_model_prefix)
-    return decoder
-
-
 def has_plain_loss(model: PreTrainedModel) -> bool:
-    """Whether ``model`` is a decoder with a linear head and the usual cross-entropy, as far as its parts tell."""
-    from transformers.loss.loss_utils import ForCausalLMLoss
-
-    head, decoder = model.get_output_embeddings(), model._modules.get(model.base_model_prefix)
-    parts = {id(module) for module in model._modules.values()}
-    config = model.config.get_text_config()
-    return (
-        type(head) is torch.nn.Linear
-        and parts == {id(head), id(decoder)}
-        and not any(getattr(config, name, None) for name in _EXPERTS)
-        and model.loss_function is ForCausalLMLoss
-        and _reads_states_alone(model, decoder)
-    )
+    """Whether ``model`` is a decoder with a linear head and the usual cross-entropy, and needs nothing else of it."""
+    decoder = decoder_of(model)
+    return decoder is not None and own_loss(model) is None and _reads_states_alone(model, decoder)
 
 
 def _reads_states_alone(model: PreTrainedModel, decoder: torch.nn.Module) -> bool:
     """Whether a call with labels makes do with a decoder that gives hidden states and nothing else."""
-    from transformers.modeling_outputs import BaseModelOutputWithPast
-
     weight = model.get_output_embeddings().weight
     ids = torch.zeros(1, 2, dtype=torch.long, device=weight.device)
     states = weight.new_zeros((1, 2, weight.shape[1]))
-    own = decoder.__dict__.get("forward")
-    decoder.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=states)
     try:
-        with torch.no_grad():
+        with standing_in(decoder, lambda *args, **kwargs: states), torch.no_grad():
             model(input_ids=ids, labels=ids)
     except (AttributeError, TypeError, ValueError, LookupError, RuntimeError):
         return False
-    finally:
-        del decoder.forward
-        if own is not None:
-            decoder.forward = own
     return True
 
 

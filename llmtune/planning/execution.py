@@ -93,7 +93,7 @@ def _compile(request: PlanRequest, load: Load, seconds: float, updates: int, qua
         return Choice(False, "rows of a packed sequence attend one by one, which no graph holds", "derived")
     if quantized:
         return Choice(False, "quantised layers are no graph that a compiler sees through", "derived")
-    # Every multiple of the padding up to the longest row is a width of its own, unless all rows are as long.
+    # Every multiple of eight up to the longest row may be a width of a pass, unless all rows are as long.
     stats = request.stats
     widths = (request.longest - request.padded(stats.length_p50)) // 8 * 2 + 1
     shapes = max(load.shapes, min(widths, round(load.passes * updates)))

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from llmtune.hardware.cgroup import read_limits
-from llmtune.kernels.head import attached_rows
+from llmtune.kernels.head import attached_decoder, attached_rows
 from llmtune.training.meter import peak_since_last_asked, resident_bytes, trim_heap
 from llmtune.units import format_bytes
 
@@ -90,13 +90,13 @@ class MemoryGuard:
         self._most = self._seen = resident_bytes()
         self._rise = 0
         with ExitStack() as stack:
-            layers, head = _layers(self._model), _head(self._model)
-            for layer in layers:
+            for layer in _layers(self._model):
                 stack.callback(layer.register_forward_hook(self._after_layer).remove)
-            if head is not None and attached_rows(self._model) is None:
+            head, decoder = _head(self._model), attached_decoder(self._model)
+            if decoder is not None:
+                stack.callback(decoder.register_forward_hook(self._before_loss).remove)
+            elif head is not None:
                 stack.callback(head.register_forward_pre_hook(self._before_logits).remove)
-            elif layers:
-                stack.callback(layers[-1].register_forward_hook(self._before_loss).remove)
             yield
 
     # ------------------------------------------------------------------ what is known
@@ -147,12 +147,12 @@ class MemoryGuard:
         self._seen = None  # what the logits take is no step from layer to layer
 
     def _before_loss(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        """After the last layer, where the loss is computed in chunks: the logits of one of them come next."""
-        rows, head = attached_rows(self._model), _head(self._model)
-        hidden = output[0] if isinstance(output, tuple) else output
-        if rows is None or head is None or not isinstance(head.weight, torch.Tensor):
-            return
-        self._look(min(rows, hidden[..., 0].numel()) * head.weight.shape[0] * head.weight.element_size())
+        """After the decoder, where the loss is computed in chunks: the logits of one of them come next."""
+        rows, head, hidden = attached_rows(self._model), _head(self._model), output[0]
+        weight = None if head is None else head.weight
+        assert rows is not None, "see watching"
+        assert isinstance(weight, torch.Tensor), "see attach_loss"
+        self._look(min(rows, hidden[..., 0].numel()) * weight.shape[0] * weight.element_size())
         self._seen = None
 
     def _look(self, coming: int = 0) -> None:
