@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import string
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -100,6 +101,8 @@ SHAPES = {
 # Fixed tokens; the words of the vocabulary come after them.
 USER, ASSISTANT, EOS, PAD, UNKNOWN = range(5)
 SPECIALS = ("<|user|>", "<|assistant|>", "<|eos|>", "<|pad|>", "<|unknown|>")
+LETTERS = string.ascii_lowercase  # tokens that stand in no row: words are merged from them
+FIRST_WORD = len(SPECIALS) + len(LETTERS)
 TEMPLATE = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
     "{{ eos_token if message['role'] == 'assistant' else '' }}{% endfor %}"
@@ -130,17 +133,26 @@ class Row:
 
 
 def _words(ids: list[int]) -> str:
-    return "".join(f"w{number}" for number in ids)
+    return "".join(_word(number - FIRST_WORD) for number in ids)
+
+
+def _word(number: int) -> str:
+    """A capital letter and as many small ones as it takes, shorter ones first: no text of words can be read twice."""
+    tail, count = "", len(LETTERS)
+    while number >= count:
+        number, digit = divmod(number - count, count)
+        tail = LETTERS[digit] + tail
+    return LETTERS[number].upper() + tail
 
 
 def make_rows(shape: Shape, supervised: float, vocabulary: int, count: int) -> list[Row]:
     """Rows in the order of training: a question and an answer of words, frequent ones more often (Zipf)."""
     rng = np.random.default_rng(SEED)
-    weights = 1 / np.arange(1, vocabulary - len(SPECIALS) + 1)
+    weights = 1 / np.arange(1, vocabulary - FIRST_WORD + 1)
     cumulated = np.cumsum(weights / weights.sum())
     rows = []
     for length in shape.lengths(count):
-        words = (np.searchsorted(cumulated, rng.random(length)).clip(max=len(weights) - 1) + len(SPECIALS)).tolist()
+        words = (np.searchsorted(cumulated, rng.random(length)).clip(max=len(weights) - 1) + FIRST_WORD).tolist()
         if supervised >= 1:
             rows.append(Row(input_ids=[*words[:-1], EOS], masked=0))
             continue
@@ -234,8 +246,12 @@ def build_model(model: Model, directory: Path) -> Path:
 
 
 def write_tokenizer(vocabulary: int, directory: Path) -> None:
-    """One token per word ``w<id>``, with nothing between them, and a chat template."""
-    words = {f"w{number}": number for number in range(len(SPECIALS), vocabulary)}
+    """One token per word with nothing between them, and a chat template.
+
+    Byte pairs, as every tokenizer class of these models has them: a word is a shorter word and one letter.
+    """
+    words = [_word(number) for number in range(vocabulary - FIRST_WORD)]
+    split = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     document = {
         "version": "1.0",
         "truncation": None,
@@ -246,13 +262,13 @@ def write_tokenizer(vocabulary: int, directory: Path) -> None:
             for i, text in enumerate(SPECIALS)
         ],
         "normalizer": None,
-        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "w[0-9]+"}, "behavior": "Isolated", "invert": False},
+        "pre_tokenizer": split,
         "post_processor": None,
-        "decoder": {"type": "Fuse"},
+        "decoder": split,
         "model": {
-            "type": "WordLevel",
-            "vocab": {text: i for i, text in enumerate(SPECIALS)} | words,
-            "unk_token": SPECIALS[UNKNOWN],
+            "type": "BPE",
+            "vocab": {text: number for number, text in enumerate((*SPECIALS, *LETTERS, *words))},
+            "merges": [[word[:-1], word[-1]] for word in words if len(word) > 1],
         },
     }
     settings = {
