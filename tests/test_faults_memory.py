@@ -102,7 +102,9 @@ FineTuner(rows, model=model, output=output, callbacks=[Neighbour()], method="lor
 """
 
 
-@pytest.mark.parametrize("at", [0, 1], ids=["first pass", "known pass"])
+@pytest.mark.parametrize(
+    "at", [pytest.param(0, id="first pass"), pytest.param(1, id="known pass", marks=pytest.mark.sweep)]
+)
 def test_fault_40_the_kernel_would_have_killed(tmp_path: Path, limit: Any, at: int) -> None:
     model = save_family_model("llama", tmp_path / "TinyLlama-wide", vocab_size=VOCABULARY)
     rng, rows = random.Random(0), tmp_path / "rows.jsonl"

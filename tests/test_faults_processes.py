@@ -343,7 +343,7 @@ def test_fault_53_a_step_hangs(place: Path, how: Any, whole: Path) -> None:
     ("rank", "number"),
     [
         pytest.param(1, signal.SIGKILL, id="second killed"),
-        pytest.param(0, signal.SIGSTOP, id="main frozen"),
+        pytest.param(0, signal.SIGSTOP, id="main frozen", marks=pytest.mark.sweep),
         pytest.param(0, signal.SIGKILL, id="main killed", marks=pytest.mark.sweep),
         pytest.param(1, signal.SIGSTOP, id="second frozen", marks=pytest.mark.sweep),
     ],
