@@ -118,7 +118,7 @@ def of_linears() -> int:
 @pytest.mark.parametrize("supervised", [1, 77, ROWS_OF_A_PASS * (SEQ - 1)])
 def test_products_of_a_training_pass(supervised: int, packed: bool) -> None:
     model = adapted()
-    attach_kernels(model)
+    attach_kernels(model, device="cpu")
     found = counted(model, batch_of(supervised, packed=packed))
     assert found["products"] == of_linears() + 4 * supervised * HEAD
     # Forward in torch's kernel, once in each layer. Backward five products (scores, values, their gradients twice,
@@ -138,7 +138,7 @@ def test_upstream_scores_every_row_and_computes_nothing_else_more(supervised: in
 def test_recomputed_layers_go_forward_once_more_and_the_head_does_not() -> None:
     model = adapted()
     model.activation_checkpointing_enable({"use_reentrant": False})
-    attach_kernels(model)
+    attach_kernels(model, device="cpu")
     found = counted(model, batch_of(77))
     # transformers has the embeddings' output ask for a gradient then, so the first layer is as the others.
     assert found["products"] == TOKENS * (6 * BLOCKS + 8 * ADAPTERS) + 4 * 77 * HEAD
@@ -147,7 +147,7 @@ def test_recomputed_layers_go_forward_once_more_and_the_head_does_not() -> None:
 
 def test_an_evaluation_pass_goes_forward_alone() -> None:
     model = adapted().eval()
-    attach_kernels(model)
+    attach_kernels(model, device="cpu")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(**batch_of(77))
     assert counter.get_total_flops() == TOKENS * (2 * BLOCKS + 2 * ADAPTERS) + 2 * 77 * HEAD

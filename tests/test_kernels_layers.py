@@ -252,7 +252,7 @@ def test_norms_of_every_family_are_attached(family):
 
 def test_attaching_kernels_attaches_norms():
     model = model_of("llama")
-    assert attach_kernels(model) == ()
+    assert attach_kernels(model, device="cpu") == ()
     assert detach_layers(model) == 5
 
 

@@ -411,11 +411,20 @@ def test_widths_and_passes_suit_the_device():
 def test_packed_rows_are_not_compiled_for_unless_that_is_asked_for():
     """Rows of one length, for so long that compiling the one shape pays."""
     rows = stats(100_000, mean=256, longest=256)
-    assert planned(hardware=machine(), data=rows).compile.value is True
-    packed = planned(hardware=machine(), data=rows, packing=True)
+    assert planned(data=rows).compile.value is True
+    packed = planned(data=rows, packing=True)
     assert packed.compile.value is False
     assert "one by one" in packed.compile.reason
-    assert planned(hardware=machine(), data=rows, packing=True, compile=True).compile.value is True
+    assert planned(data=rows, packing=True, compile=True).compile.value is True
+
+
+def test_a_cpu_has_kernels_that_are_faster_than_compiled_layers():
+    """Rows of one length, for so long that compiling the one shape would pay on a GPU."""
+    rows = stats(100_000, mean=256, longest=256)
+    found = planned(hardware=machine(), data=rows).compile
+    assert found.value is False
+    assert "faster than compiled ones" in found.reason
+    assert planned(hardware=machine(), data=rows, compile=True).compile.value is True
 
 
 def test_a_plan_from_before_packing_goes_on_as_it_began():

@@ -281,7 +281,7 @@ class FineTuner:
                 targets=plan.targets.value,
                 device=ranks.device,
             )
-            for reason in attach_kernels(weights, sharded=ranks.is_sharded):
+            for reason in attach_kernels(weights, device=ranks.device, sharded=ranks.is_sharded):
                 speaker.say(f"not on the fast path: {reason}")
             base = None if base_of is None else base_of()
         if base is not None:

@@ -168,7 +168,7 @@ class TunedRun:
             quantization=self.plan.quantization.value,
             device=self._device,
         )
-        attach_kernels(model)  # the arithmetic of training: the same weights score the same
+        attach_kernels(model, device=self._device)  # the arithmetic of training: the same weights score the same
         return model
 
     def _model_facts(self) -> facts.Model:
