@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -41,6 +41,20 @@ class _StopNow(BaseException):
 
 
 @contextmanager
+def handling(handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
+    """A block in which SIGTERM and SIGINT go to ``handler``; in the main thread, elsewhere nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, own in before.items():
+            signal.signal(number, own)
+
+
+@contextmanager
 def stoppable() -> Iterator[None]:
     """A block with nothing to save: SIGTERM and SIGINT leave it at once, a second one ends the process.
 
@@ -49,9 +63,6 @@ def stoppable() -> Iterator[None]:
     Raises:
         Preempted: A signal came.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     received: list[str] = []
 
     def leave(number: int, frame: FrameType | None) -> None:
@@ -60,15 +71,12 @@ def stoppable() -> Iterator[None]:
         received.append(signal.Signals(number).name)
         raise _StopNow(received[0])
 
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    except _StopNow as stop:
-        told = f"stopped by {stop} outside of the updates; nothing is lost, and the same command goes on"
-        raise Preempted(told) from None
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with handling(leave):
+        try:
+            yield
+        except _StopNow as stop:
+            told = f"stopped by {stop} outside of the updates; nothing is lost, and the same command goes on"
+            raise Preempted(told) from None
 
 
 @contextmanager
@@ -78,12 +86,5 @@ def ending() -> Iterator[None]:
     A launcher sends the first one to all ranks as soon as one of them is gone. Only the main thread can do that;
     elsewhere nothing changes.
     """
-    if threading.current_thread() is not threading.main_thread():
+    with handling(signal.SIG_IGN):
         yield
-        return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from llmtune.kernels.loss import supervised_loss
-from llmtune.models.heads import decoder_of, own_loss, standing_in
+from llmtune.models.heads import causal_of, decoder_of, own_loss, standing_in
 
 IGNORED = -100  # as transformers' losses have it
 _ATTACHED = "_supervised_head"
@@ -55,7 +55,7 @@ def attach_loss(model: Any, *, chunk_rows: int) -> str | None:
     Returns:
         None if attached, else the sentence why this model keeps its own loss.
     """
-    causal = _causal(model)
+    causal = causal_of(model)
     if causal is None:
         return "it is no causal language model of transformers"
     was_attached = _ATTACHED in causal.__dict__
@@ -76,7 +76,7 @@ def attach_loss(model: Any, *, chunk_rows: int) -> str | None:
 
 def detach_loss(model: Any) -> None:
     """Undo `attach_loss`; nothing where it did nothing."""
-    causal = _causal(model)
+    causal = causal_of(model)
     if causal is None or _ATTACHED not in causal.__dict__:
         return
     if getattr(causal.forward, "__func__", None) is _forward_of(causal.__class__):
@@ -87,26 +87,17 @@ def detach_loss(model: Any) -> None:
 
 def attached_rows(model: Any) -> int | None:
     """Rows whose logits exist at once where `attach_loss` has been at work; None where the model keeps its own loss."""
-    causal = _causal(model)
+    causal = causal_of(model)
     head = None if causal is None else causal.__dict__.get(_ATTACHED)
     return None if head is None else head.chunk_rows
 
 
 def attached_decoder(model: Any) -> torch.nn.Module | None:
     """What gives the hidden states to the loss of `attach_loss`; None where the model keeps its own loss."""
-    return None if attached_rows(model) is None else decoder_of(_causal(model))
+    return None if attached_rows(model) is None else decoder_of(causal_of(model))
 
 
 # ---------------------------------------------------------------------- whose loss it is
-
-
-def _causal(model: Any) -> Any:
-    """The causal language model in ``model``, which may be one, or hold one under an adapter."""
-    from transformers import PreTrainedModel
-
-    inner = getattr(model, "get_base_model", None)  # PEFT's; it is not imported where there is no adapter
-    model = model if inner is None else inner()
-    return model if isinstance(model, PreTrainedModel) else None
 
 
 def _refusal(causal: Any) -> str | None:

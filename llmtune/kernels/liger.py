@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from llmtune.models.heads import decoder_of
+from llmtune.models.heads import causal_of, decoder_of
 
 WANTED = {"rms_norm": True, "swiglu": True}
 LEFT_OUT = {"rope": False, "cross_entropy": False, "fused_linear_cross_entropy": False}
@@ -40,9 +40,8 @@ def attach_liger(model: Any) -> str | None:
 
     if not is_liger_kernel_available():
         return "norms and gated MLPs are those of transformers; `pip install liger-kernel` has faster ones"
-    inner = getattr(model, "get_base_model", None)
-    causal = model if inner is None else inner()
-    decoder = decoder_of(causal)
+    causal = causal_of(model)
+    decoder = None if causal is None else decoder_of(causal)
     if decoder is None:
         return "Liger's kernels are for models with a decoder of their own"
     if any("forward" in vars(module) for module in decoder.modules() if _is_replaceable(module)):

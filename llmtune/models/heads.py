@@ -18,6 +18,15 @@ if TYPE_CHECKING:
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
+def causal_of(model: Any) -> Any:
+    """The causal language model in ``model``, which may be one, or hold one under an adapter; None if neither."""
+    from transformers import PreTrainedModel
+
+    inner = getattr(model, "get_base_model", None)  # PEFT's; it is not imported where there is no adapter
+    model = model if inner is None else inner()
+    return model if isinstance(model, PreTrainedModel) else None
+
+
 def decoder_of(model: PreTrainedModel) -> torch.nn.Module | None:
     """What gives the hidden states that the head reads; None where a model has no such part."""
     decoder: torch.nn.Module | None = model._modules.get(model.base_model_prefix)

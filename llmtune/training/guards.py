@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from transformers.trainer_callback import ExportableState
 from llmtune.checkpoints import retain
 from llmtune.console import speaker
 from llmtune.errors import Preempted
-from llmtune.hardware.processes import is_supervised
+from llmtune.hardware.processes import handling, is_supervised
 from llmtune.runs import RunDirectory
 
 # A scheduler signals every process of a job: the parent that restarts this one, which passes it on, and this one too.
@@ -39,15 +38,8 @@ class StopSignal:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Handle the signals inside this block; only possible in the main thread, elsewhere nothing changes."""
-        if threading.current_thread() is not threading.main_thread():
+        with handling(self._handle):
             yield
-            return
-        before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
