@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib
 import json
 import os
 import re
@@ -27,6 +28,7 @@ import threading
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -74,6 +76,12 @@ class Call:
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
+
+
+def whole_run(case: Case) -> tuple[dict[str, Any], list[str]]:
+    """What comes out if nothing happens, and the modules it took: imported once, they need not be in every fork."""
+    known = set(sys.modules)
+    return train(case, Path(case.root) / "whole", []), sorted(set(sys.modules) - known)
 
 
 def train(case: Case, output: Path, callbacks: list[Any]) -> dict[str, Any]:
@@ -263,13 +271,13 @@ def calls_of(log: Path, run: Path) -> list[Call]:
 
 
 def spread(calls: list[Call], points: int) -> list[Call]:
-    """``points`` of them, evenly spread; those at a rename and right behind one are always among them."""
+    """``points`` of them, evenly spread; those at a rename and the two behind one are always among them."""
     if points == 0 or points >= len(calls):
         return calls
     chosen = {round(i * (len(calls) - 1) / max(points - 1, 1)) for i in range(points)}
     for index, call in enumerate(calls):
         if call.name == "rename" and re.search(r'(/checkpoint-\d+|.trash-[^/]*)"\)', call.line):
-            chosen |= {index, min(index + 1, len(calls) - 1)}
+            chosen |= {min(index + behind, len(calls) - 1) for behind in range(3)}
     return [calls[index] for index in sorted(chosen)]
 
 
@@ -321,16 +329,19 @@ def _record(case: Case, pristine: Path, log: Path) -> Iterator[Any]:
 
 
 def _kill(case: Case, pristine: Path) -> Iterator[Any]:
+    """Every chosen call is struck in a fork of its own; what is told is the last call that fork made."""
     log, states = Path(case.root) / "calls.log", States(case)
     yield from _record(case, pristine, log)
     states.add("nothing")
+    trial = log.with_name("trial.log")
     for call in spread(calls_of(log, case.run), case.points):
         restore(pristine, case.run)
-        for step in traced(case, "-e", f"inject={call.name}:signal=SIGKILL:when={call.number}"):
+        for step in traced(case, "-e", f"inject={call.name}:signal=SIGKILL:when={call.number}", log=trial):
             if callable(step):
                 yield step
             else:
-                states.add(f"killed at {call.line[:160]}", killed=os.WIFSIGNALED(step))
+                struck = calls_of(trial, case.run)[-1]
+                states.add(f"killed at {struck.line[:160]}", killed=os.WIFSIGNALED(step))
 
 
 def _fsync(case: Case, pristine: Path) -> Iterator[Any]:
@@ -430,6 +441,11 @@ _FAULTS: dict[str, Any] = {"kill": _kill, "fsync": _fsync, "room": _room, "inode
 
 
 def subject(case: Case) -> None:
+    # What is written at most once a second is written always: a call has the same number in every fork.
+    from llmtune.runs import heartbeat
+    from llmtune.training import watchers
+
+    watchers.STATUS_SECONDS = heartbeat._EVERY_SECONDS = -1.0
     try:
         train(case, case.run, [pause(case)])
     except Exception as error:  # of a fork, in its trial
@@ -473,7 +489,10 @@ def main() -> None:
 
     torch.set_num_threads(1)
     try:
-        whole = in_fork(lambda: train(case, Path(case.root) / "whole", []))
+        whole, modules = in_fork(lambda: whole_run(case))
+        for module in modules:
+            with suppress(ImportError):
+                importlib.import_module(module)
         said = in_fork(lambda: subject(case), quiet=False)
         trials = json.loads((Path(case.root) / "trials.json").read_text())
         results = {}

@@ -73,7 +73,7 @@ def test_fault_02_killed_while_an_old_checkpoint_is_deleted(killed: dict[str, An
 @needs_strace
 def test_fault_03_killed_between_the_rename_and_the_sync_of_the_directory(killed: dict[str, Any]) -> None:
     between = _killed_at(killed, "fsync(")
-    after_rename = [one for one in between if one["what"].rstrip().endswith("checkpoints>) = 0")]
+    after_rename = [one for one in between if "/checkpoints>)" in one["what"]]
     assert after_rename
     assert any(killed["from"][str(one["state"])] == DURING for one in after_rename)
     survived(killed, started_from={BEFORE, DURING})
