@@ -39,6 +39,7 @@ FOOTPRINT = Footprint(
 WORKLOAD = Workload(
     tokens_per_update=4096.0,
     length=256.0,
+    scored=1.0,
     micro_batches=4.0,
     updates=100,
     evaluated_tokens=20_000.0,

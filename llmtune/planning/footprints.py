@@ -39,6 +39,7 @@ def training_of(request: PlanRequest, load: Load, updates: int) -> Workload:
     return Workload(
         tokens_per_update=load.tokens,
         length=load.width,
+        scored=request.stats.supervised_tokens / max(request.stats.tokens, 1),
         micro_batches=load.passes,
         updates=updates,
         evaluated_tokens=0,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from llmtune.hardware import Speed
 from llmtune.models import ModelSpec
-from llmtune.planning.memory import BYTES_PER_VALUE, Footprint
+from llmtune.planning.memory import BYTES_PER_VALUE, Footprint, paths_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,7 +16,8 @@ class Costs:
 
     Attributes:
         value: Bytes of traffic per value of a layer's activations.
-        adapter: Bytes of traffic per input value of an adapted module, and half of those per output value.
+        adapter: Bytes of traffic per input value of an adapted module, and twice those per output value.
+        peft_adapter: The same where PEFT computes the adapter and not ``llmtune.kernels``.
         dropout: Bytes of traffic per input value that an adapter's dropout sees.
         logit: Bytes of traffic per position and word of the vocabulary, in new memory.
         cast: Bytes of traffic per weight of an fp32 model that is computed in bf16, in new memory, per pass.
@@ -29,6 +30,7 @@ class Costs:
 
     value: float
     adapter: float
+    peft_adapter: float
     dropout: float
     logit: float
     cast: float
@@ -39,20 +41,22 @@ class Costs:
     overlaps: bool
 
 
-# Fitted to 33 steps (forward and backward), the fastest of 2 to 9 tries each, of Llama and Qwen2 models of 5M to 500M
-# parameters with random weights: LoRA of rank 16 and 64 on all or two modules and full fine-tuning, bf16 and fp32, 64
-# to 1,024 tokens, with and without checkpointing and dropout; one AMX core, torch 2.13, transformers 5.23, peft 0.21,
-# in processor time because other programs used the machine. Rates: 1.05e12 FLOP/s bf16, 0.155e12 fp32, 43e9 and 7e9
-# bytes/s, 0.85e-6 s per operation.
+# Fitted to 25 updates by ``tests/benchmarks/bench_time.py --fit``: Llama, Qwen2, Phi and GPT-2 of 8M to 220M parameters
+# with random weights; LoRA, QLoRA and full fine-tuning, bf16 and fp32, 64 to 2,000 tokens, with and without
+# recomputation and dropout; two AMX cores, torch 2.13, transformers 5.23, peft 0.21. Rates: 1.34e12 FLOP/s bf16,
+# 0.22e12 fp32, 66e9 and 6.4e9 bytes/s, 1.0e-6 s per operation. Predicted over measured: 0.80 to 1.18, rms 0.11 from 1.
+# Those cannot tell all apart: ``optimizer`` is counted (norm, clipping, AdamW), ``adapter`` and ``weight_gradient`` are
+# held.
 CPU = Costs(
-    value=96,
-    adapter=144,
-    dropout=337,
-    logit=91,
-    cast=43,
-    unpacking=18,
-    optimizer=100,
-    launches=25,
+    value=43,
+    adapter=10,
+    peft_adapter=304,
+    dropout=264,
+    logit=54,
+    cast=16,
+    unpacking=345,
+    optimizer=40,
+    launches=61,
     weight_gradient=2.0,
     overlaps=False,
 )
@@ -61,6 +65,7 @@ CPU = Costs(
 ACCELERATOR = Costs(
     value=12,
     adapter=20,
+    peft_adapter=20,
     dropout=10,
     logit=30,
     cast=12,
@@ -112,14 +117,14 @@ class PassTime:
 
 
 def training_pass(
-    spec: ModelSpec, footprint: Footprint, pace: Pace, *, length: float, adapter_parameters: int
+    spec: ModelSpec, footprint: Footprint, pace: Pace, *, length: float, scored: float, adapter_parameters: int
 ) -> PassTime:
-    """Forward and backward of rows of ``length`` tokens; the head computes every position.
+    """Forward and backward of rows of ``length`` tokens, of which the share ``scored`` (ρ) goes through the head.
 
-    LoRA: ``4 N_b + 6 N_l + 4 N_h + 6 q S L`` FLOP per token; full fine-tuning: ``6 N_b + 6 N_h + 6 q S L``.
+    LoRA: ``4 N_b + 6 N_l + 4 ρ N_h + 6 q S L`` FLOP per token; full fine-tuning: ``6 N_b + 6 ρ N_h + 6 q S L``.
     """
     costs, speed = pace.costs, pace.speed
-    weights = spec.block_parameters + spec.head_parameters
+    weights = spec.block_parameters + scored * spec.head_parameters
     attention = 2 * spec.shape.heads * spec.shape.head_dim * length * spec.shape.layers
     products = 2.0
     if footprint.method == "full":
@@ -128,7 +133,7 @@ def training_pass(
     flops = products * 2 * weights + 3 * attention + again * (2 * spec.block_parameters + attention)
     token = flops / pace.matmul(footprint.precision) + 6 * adapter_parameters / pace.matmul("fp32")
     token += (1 + again * FORWARD_SHARE) * _layer_traffic(spec, footprint, costs) / speed.memory_bytes_per_second
-    token += costs.logit * spec.shape.vocabulary / speed.fresh_bytes_per_second
+    token += scored * costs.logit * spec.shape.vocabulary / speed.fresh_bytes_per_second
     if footprint.offload:
         token += 2 * 2 * spec.shape.hidden * spec.shape.layers / OFFLOAD_BYTES_PER_SECOND
     return PassTime(
@@ -139,13 +144,13 @@ def training_pass(
     )
 
 
-def forward_pass(spec: ModelSpec, footprint: Footprint, pace: Pace, *, length: float) -> PassTime:
-    """Forward alone, of rows of ``length`` tokens."""
+def forward_pass(spec: ModelSpec, footprint: Footprint, pace: Pace, *, length: float, scored: float) -> PassTime:
+    """Forward alone, of rows of ``length`` tokens, of which the share ``scored`` goes through the head."""
     shape, speed = spec.shape, pace.speed
     attention = 2 * shape.heads * shape.head_dim * length * shape.layers
-    flops = 2 * (spec.block_parameters + spec.head_parameters) + attention
+    flops = 2 * (spec.block_parameters + scored * spec.head_parameters) + attention
     traffic = _layer_traffic(spec, footprint, pace.costs, trains=False) / speed.memory_bytes_per_second
-    traffic += pace.costs.logit * shape.vocabulary / speed.fresh_bytes_per_second
+    traffic += scored * pace.costs.logit * shape.vocabulary / speed.fresh_bytes_per_second
     return PassTime(
         token_seconds=flops / pace.matmul(footprint.precision) + FORWARD_SHARE * traffic,
         pass_seconds=_weight_seconds(spec, footprint, pace, uses=1),
@@ -171,9 +176,11 @@ def _layer_traffic(spec: ModelSpec, footprint: Footprint, costs: Costs, *, train
     if footprint.method == "full":
         return traffic
     modules = spec.targeted(footprint.targets)
-    # Adapters compute in fp32; a base in another precision has its values cast to that and back.
-    cast = 1.0 if footprint.precision != "fp32" else 0.6
-    traffic += cast * costs.adapter * sum(m.count * (m.in_features + 2 * m.out_features) for m in modules)
+    values = sum(m.count * (m.in_features + 2 * m.out_features) for m in modules)
+    if paths_of(spec, footprint, on_cpu=not costs.overlaps).adapters:
+        traffic += costs.adapter * values
+    else:  # in fp32; a base in another precision has its values cast to that and back
+        traffic += (1.0 if footprint.precision != "fp32" else 0.6) * costs.peft_adapter * values
     if trains and footprint.dropout > 0:
         traffic += costs.dropout * sum(m.count * m.in_features for m in modules)
     return traffic

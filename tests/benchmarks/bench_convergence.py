@@ -2,6 +2,7 @@
 
     python tests/benchmarks/bench_convergence.py                               # builtin:tiny, LoRA, ten seeds
     python tests/benchmarks/bench_convergence.py --model 50m --steps 300       # from random weights, all trained
+    python tests/benchmarks/bench_convergence.py --model 50m --steps 120 --task prose
     python tests/benchmarks/bench_convergence.py --model 50m --data gsm8k.jsonl --heldout-data gsm8k-test.jsonl
     python tests/benchmarks/bench_convergence.py --json convergence.json
 
@@ -18,6 +19,7 @@ base; under autocast where all weights are trained), which tells what is bf16's 
 
 The rows are arithmetic word problems that llmtune's own corpus makes, with answers that end as GSM8K's do; they are
 not GSM8K. With ``--data`` it is that file, JSON lines with a ``question`` and an ``answer`` as GSM8K's own have them.
+``--task prose`` are paragraphs of the docstrings of Python's own library: text of people that every machine has.
 ``--task demo`` are the rows of ``llmtune demo``, which ``builtin:tiny`` learns by heart: the loss comes to a few
 hundredths, and no two runs that differ in any rounding agree within 0.5 % of that.
 """

@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_speed.py --prepare                       # the peers' environments, once
     python tests/benchmarks/bench_speed.py                                 # 135M shape, chat lengths, share 0.45
     python tests/benchmarks/bench_speed.py --model 0.5b --shape uniform --supervised 1 --peers trl,trl-best
-    python tests/benchmarks/bench_speed.py --json speed.json
+    python tests/benchmarks/bench_speed.py --model 135m,0.5b --shape '' --supervised 0.2,0.45,1 --json speed.json
 
 Both sides are processes of their own that train as their users do and wait between updates (``peers/common.py`` has
 the conversation). First both do a few updates whose losses must be those of an fp32 ``Trainer``; a side that learns
@@ -29,6 +29,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -369,7 +370,6 @@ def run(case: Case, how: Protocol, peers: Sequence[str], environments: Path, pat
     calibration = [gemm_rate(case.threads)]
     bench = Bench(case, how, environments, patience)
     document: dict[str, Any] = {
-        "format": 1,
         "command": shlex.join(["python", *sys.argv]),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "machine": machine(),
@@ -400,12 +400,12 @@ def chosen(text: str, known: Sequence[str]) -> list[str]:
 
 
 def main() -> int:
-    """Prepare environments, or measure one case and print its table; not 0 when something could not be done."""
+    """Prepare environments, or measure cases and print a table of each; not 0 when something could not be done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llmtune-bench-peers"
-    parser.add_argument("--model", choices=tuple(MODELS), default="135m")
-    parser.add_argument("--shape", choices=tuple(SHAPES), default="chat", help="lengths of rows")
-    parser.add_argument("--supervised", type=float, default=0.45, help="share of tokens that are learned")
+    parser.add_argument("--model", default="135m", help=f"{', '.join(MODELS)}; several with commas, '' for all")
+    parser.add_argument("--shape", default="chat", help=f"lengths of rows: {', '.join(SHAPES)}; likewise")
+    parser.add_argument("--supervised", default="0.45", help="shares of tokens that are learned, with commas")
     parser.add_argument("--peers", default="", help="names with commas; all when left out")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--steps", type=int, default=2, help="updates per sample")
@@ -424,24 +424,32 @@ def main() -> int:
     how = Protocol(pairs=asked.pairs, steps=asked.steps, warm=asked.warm, others_limit=asked.others)
     if asked.root:
         asked.root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=asked.root) as directory:
-        case = Case(
-            model=asked.model,
-            shape=asked.shape,
-            supervised=asked.supervised,
-            threads=len(os.sched_getaffinity(0)),
-            root=asked.root or Path(directory),
-            work=Path(directory),
-        )
-        try:
-            document = run(case, how, peers, asked.environments, asked.patience)
-        except SideFailedError as error:
-            print(f"the reference ({REFERENCE}) cannot be had: {error}", file=sys.stderr)
-            return 1
-    if asked.json:
-        asked.json.write_text(json.dumps(document, indent=1), encoding="utf-8")
-    print(table(document))
-    return int(any(OWN in line.get("absent", "") for line in document["lines"]))  # our own side was found wrong
+    shares = [float(share) for share in asked.supervised.split(",")]
+    cases = product(chosen(asked.model, list(MODELS)), chosen(asked.shape, list(SHAPES)), shares)
+    documents: list[dict[str, Any]] = []
+    failed = False
+    for model, shape, supervised in cases:
+        with tempfile.TemporaryDirectory(dir=asked.root) as directory:
+            case = Case(
+                model=model,
+                shape=shape,
+                supervised=supervised,
+                threads=len(os.sched_getaffinity(0)),
+                root=asked.root or Path(directory),
+                work=Path(directory),
+            )
+            try:
+                documents.append(run(case, how, peers, asked.environments, asked.patience))
+            except SideFailedError as error:
+                print(f"the reference ({REFERENCE}) cannot be had: {error}", file=sys.stderr)
+                failed = True
+                continue
+        print(table(documents[-1]) + "\n", flush=True)
+        # Our own side was found wrong.
+        failed |= any(OWN in line.get("absent", "") for line in documents[-1]["lines"])
+        if asked.json:  # after each case: a night's work is not lost with its last one
+            asked.json.write_text(json.dumps({"format": 2, "cases": documents}, indent=1), encoding="utf-8")
+    return int(failed)
 
 
 if __name__ == "__main__":

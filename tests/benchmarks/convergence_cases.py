@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import sysconfig
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,6 +26,7 @@ SIZES = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 14,
 TASKS = {
     "words": "text of arithmetic word problems from the embedded corpus (not GSM8K)",
     "answers": "arithmetic word problems as conversations, answers learned (embedded corpus, not GSM8K)",
+    "prose": "paragraphs of the docstrings of Python's standard library (not GSM8K)",
     "demo": "rows of llmtune demo",
 }
 Tokens = dict[str, list[int]]  # ``input_ids`` and ``labels`` of one row
@@ -65,8 +69,27 @@ def word_problems(seed: int) -> Iterator[dict[str, str]]:
     """Endless arithmetic word problems of the corpus, with worked answers that end as those of GSM8K do."""
     rng = Random(seed)
     while True:
-        question, answer, result = corpus._sum(rng)
+        question, answer, result = corpus.word_problem(rng)
         yield {"question": question, "answer": f"{answer}\n#### {result}"}
+
+
+def paragraphs() -> list[str]:
+    """What people have written into the standard library: paragraphs of 80 to 1,200 characters, in one random order."""
+    library, found = Path(sysconfig.get_path("stdlib")), set()
+    for file in library.glob("**/*.py"):
+        if not {"site-packages", "test", "tests"} & set(file.parts):
+            with suppress(SyntaxError, UnicodeDecodeError):  # examples of such for lib2to3
+                found |= _documented(ast.parse(file.read_bytes()))
+    ordered = sorted(text for text in found if 80 <= len(text) <= 1200)
+    Random(0).shuffle(ordered)
+    return ordered
+
+
+def _documented(tree: ast.Module) -> set[str]:
+    """Paragraphs of all docstrings, each in one line."""
+    owners = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
+    texts = [ast.get_docstring(owner) or "" for owner in owners]
+    return {" ".join(paragraph.split()) for text in texts for paragraph in text.split("\n\n")}
 
 
 def rows_of(task: str, count: int, heldout: int) -> tuple[list[Any], list[Any]]:
@@ -75,6 +98,9 @@ def rows_of(task: str, count: int, heldout: int) -> tuple[list[Any], list[Any]]:
         files = demo_train_path(), demo_heldout_path()
         train, others = ([json.loads(line) for line in file.read_text("utf-8").splitlines()] for file in files)
         return train[:count], others[:heldout]
+    if task == "prose":
+        written = [{"text": text} for text in paragraphs()]
+        return written[heldout:][:count], written[:heldout]
     made = islice(word_problems(1), count), islice(word_problems(2), heldout)
     if task == "words":
         return as_text(made[0]), as_text(made[1])

@@ -19,6 +19,7 @@ from transformers import (  # noqa: E402
 
 torch.set_num_threads(JOB["threads"])
 fp32 = JOB["mode"] == "fp32"
+recomputed = fp32 and JOB["longest"] > 2048  # the same numbers in less memory: one such row takes more than 24 GiB
 lora = LoraConfig(
     r=JOB["rank"], lora_alpha=JOB["alpha"], lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
 )
@@ -28,7 +29,9 @@ tokenizer = AutoTokenizer.from_pretrained(JOB["model"])
 rows = 1 if fp32 else min(JOB["batch"], JOB["most_rows"])
 trainer = Trainer(
     model=model,
-    args=TrainingArguments(bf16=not fp32, **trainer_settings(JOB, rows)),
+    args=TrainingArguments(
+        bf16=not fp32, **trainer_settings(JOB, rows) | ({"gradient_checkpointing": True} if recomputed else {})
+    ),
     train_dataset=Dataset.from_list(read_rows(JOB)),
     data_collator=DataCollatorForSeq2Seq(tokenizer),
     callbacks=[gate(JOB, TALK, "torch", "transformers", "peft", "accelerate")],
