@@ -141,7 +141,7 @@ def test_compilation_pays_only_for_few_shapes_and_long_runs():
     same = stats(2_000_000, mean=256, longest=256)
     assert planned(data=same, token_budget=4096).compile.value is True
     assert "take about" in planned(data=same).compile.reason
-    short = planned(data=replace(same, rows=64, tokens=64 * 256))
+    short = planned(data=replace(same, rows=64, tokens=64 * 256, supervised_tokens=32 * 256))
     assert short.compile.value is False
     assert "shapes, and each is compiled anew" in planned().compile.reason
     assert planned("Qwen/Qwen3-8B", data=same, method="qlora").compile.value is False

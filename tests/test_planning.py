@@ -517,7 +517,7 @@ def test_more_memory_never_gives_a_smaller_model():
 
 
 def test_a_slow_machine_gets_a_model_that_ends_in_time():
-    entry, choice = chosen(machine(ram=64), stats(600, estimated=True))
+    entry, choice = chosen(machine(ram=64), stats(500, estimated=True))
     assert "trains within 2 h" in choice.reason
     assert "Qwen/Qwen3-14B would take about" in choice.changes
     slowest, choice = chosen(machine(ram=64), stats(3_000_000, estimated=True))

@@ -161,7 +161,7 @@ def _facts(rng: Random) -> str:
     return " ".join(out)
 
 
-def word_problem(rng: Random) -> tuple[str, str, int]:
+def _sum(rng: Random) -> tuple[str, str, int]:
     """A question in words, its worked answer and the result."""
     who, other, thing = invent_name(rng), invent_name(rng), rng.choice(w.THINGS)
     a, b, c = rng.randint(2, 60), rng.randint(2, 12), rng.randint(2, 9)
@@ -225,7 +225,7 @@ def word_problem(rng: Random) -> tuple[str, str, int]:
 def _arithmetic(rng: Random) -> str:
     parts = []
     for _ in range(rng.randint(1, 3)):
-        question, answer, result = word_problem(rng)
+        question, answer, result = _sum(rng)
         parts.append(f"{question} {answer}" + (f" The answer is {result}." if rng.random() < 0.5 else ""))
     return rng.choice((" ", "\n")).join(parts)
 
@@ -381,7 +381,7 @@ def _chat(rng: Random) -> Speech:
             quote = rng.choice(('"{}"', "{}", "'{}'", "{}."))
             pair = f"{rng.choice(('Repeat', 'Say', 'Write', 'Copy'))} {quote.format(item)}", item
         elif kind < 0.8:
-            question, answer, result = word_problem(rng)
+            question, answer, result = _sum(rng)
             pair = question, rng.choice((answer, f"{answer} The answer is {result}."))
         elif kind < 0.9:
             name = invent_name(rng)

@@ -80,7 +80,7 @@ def _without_left(encoder: ChatEncoder, encoded: Encoded, max_length: int) -> Cu
         begins = np.flatnonzero(supervised[1:] & ~supervised[:-1]) + 1
         if len(begins) == 0 or begins[-1] <= start:
             return left_out(encoded)
-    if has_bos:
+    if has_bos and not (ids[keep[:1]] == bos).any():  # a turn that begins with one of its own brings it along
         keep, mask = np.concatenate([[0], keep]), np.concatenate([supervised[:1], mask])
     return _cut(encoded, keep, mask)
 

@@ -44,7 +44,7 @@ class Costs:
 # Fitted to 25 updates by ``tests/benchmarks/bench_time.py --fit``: Llama, Qwen2, Phi and GPT-2 of 8M to 220M parameters
 # with random weights; LoRA, QLoRA and full fine-tuning, bf16 and fp32, 64 to 2,000 tokens, with and without
 # recomputation and dropout; two AMX cores, torch 2.13, transformers 5.23, peft 0.21. Rates: 1.34e12 FLOP/s bf16,
-# 0.22e12 fp32, 66e9 and 6.4e9 bytes/s, 1.0e-6 s per operation. Predicted over measured: 0.80 to 1.18, rms 0.11 from 1.
+# 0.22e12 fp32, 66e9 and 6.4e9 bytes/s, 1.0e-6 s per operation. Predicted over measured: 0.79 to 1.18, rms 0.11 from 1.
 # Those cannot tell all apart: ``optimizer`` is counted (norm, clipping, AdamW), ``adapter`` and ``weight_gradient`` are
 # held.
 CPU = Costs(

@@ -69,7 +69,7 @@ def word_problems(seed: int) -> Iterator[dict[str, str]]:
     """Endless arithmetic word problems of the corpus, with worked answers that end as those of GSM8K do."""
     rng = Random(seed)
     while True:
-        question, answer, result = corpus.word_problem(rng)
+        question, answer, result = corpus._sum(rng)
         yield {"question": question, "answer": f"{answer}\n#### {result}"}
 
 
