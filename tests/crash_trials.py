@@ -489,7 +489,9 @@ def main() -> None:
 
     torch.set_num_threads(1)
     try:
-        whole, modules = in_fork(lambda: whole_run(case))
+        if isinstance(found := in_fork(lambda: whole_run(case)), str):
+            raise RuntimeError(found)
+        whole, modules = found
         for module in modules:
             with suppress(ImportError):
                 importlib.import_module(module)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from llmtune.hardware import Speed
 from llmtune.models import ModelSpec
-from llmtune.planning.memory import BYTES_PER_VALUE, Footprint, paths_of
+from llmtune.planning.memory import BYTES_PER_VALUE, Footprint, Paths
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +117,14 @@ class PassTime:
 
 
 def training_pass(
-    spec: ModelSpec, footprint: Footprint, pace: Pace, *, length: float, scored: float, adapter_parameters: int
+    spec: ModelSpec,
+    footprint: Footprint,
+    paths: Paths,
+    pace: Pace,
+    *,
+    length: float,
+    scored: float,
+    adapter_parameters: int,
 ) -> PassTime:
     """Forward and backward of rows of ``length`` tokens, of which the share ``scored`` (ρ) goes through the head.
 
@@ -132,7 +139,7 @@ def training_pass(
     again = 1 / footprint.checkpoint_every if footprint.checkpoint_every else 0.0
     flops = products * 2 * weights + 3 * attention + again * (2 * spec.block_parameters + attention)
     token = flops / pace.matmul(footprint.precision) + 6 * adapter_parameters / pace.matmul("fp32")
-    token += (1 + again * FORWARD_SHARE) * _layer_traffic(spec, footprint, costs) / speed.memory_bytes_per_second
+    token += (1 + again * FORWARD_SHARE) * _layer_traffic(spec, footprint, paths, costs) / speed.memory_bytes_per_second
     token += scored * costs.logit * spec.shape.vocabulary / speed.fresh_bytes_per_second
     if footprint.offload:
         token += 2 * 2 * spec.shape.hidden * spec.shape.layers / OFFLOAD_BYTES_PER_SECOND
@@ -144,12 +151,14 @@ def training_pass(
     )
 
 
-def forward_pass(spec: ModelSpec, footprint: Footprint, pace: Pace, *, length: float, scored: float) -> PassTime:
+def forward_pass(
+    spec: ModelSpec, footprint: Footprint, paths: Paths, pace: Pace, *, length: float, scored: float
+) -> PassTime:
     """Forward alone, of rows of ``length`` tokens, of which the share ``scored`` goes through the head."""
     shape, speed = spec.shape, pace.speed
     attention = 2 * shape.heads * shape.head_dim * length * shape.layers
     flops = 2 * (spec.block_parameters + scored * spec.head_parameters) + attention
-    traffic = _layer_traffic(spec, footprint, pace.costs, trains=False) / speed.memory_bytes_per_second
+    traffic = _layer_traffic(spec, footprint, paths, pace.costs, trains=False) / speed.memory_bytes_per_second
     traffic += scored * pace.costs.logit * shape.vocabulary / speed.fresh_bytes_per_second
     return PassTime(
         token_seconds=flops / pace.matmul(footprint.precision) + FORWARD_SHARE * traffic,
@@ -168,7 +177,7 @@ def optimizer_seconds(spec: ModelSpec, footprint: Footprint, pace: Pace, trainab
     return pace.costs.optimizer * here / pace.speed.memory_bytes_per_second + operations
 
 
-def _layer_traffic(spec: ModelSpec, footprint: Footprint, costs: Costs, *, trains: bool = True) -> float:
+def _layer_traffic(spec: ModelSpec, footprint: Footprint, paths: Paths, costs: Costs, *, trains: bool = True) -> float:
     """Bytes per token that all layers move beside their matrix products, forward and backward."""
     shape = spec.shape
     mlp = (5 if shape.gated_mlp else 3) * shape.mlp_width
@@ -177,7 +186,7 @@ def _layer_traffic(spec: ModelSpec, footprint: Footprint, costs: Costs, *, train
         return traffic
     modules = spec.targeted(footprint.targets)
     values = sum(m.count * (m.in_features + 2 * m.out_features) for m in modules)
-    if paths_of(spec, footprint, on_cpu=not costs.overlaps).adapters:
+    if paths.adapters:
         traffic += costs.adapter * values
     else:  # in fp32; a base in another precision has its values cast to that and back
         traffic += (1.0 if footprint.precision != "fp32" else 0.6) * costs.peft_adapter * values

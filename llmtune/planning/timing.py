@@ -144,9 +144,9 @@ def predict_time(
     paths = paths_of(spec, footprint, on_cpu=device.type == "cpu")
     # transformers' own loss computes logits of every position, and so does an answer that is generated.
     row = {"length": workload.length, "scored": workload.scored if paths.loss else 1.0}
-    training = training_pass(spec, footprint, pace, **row, adapter_parameters=adapter_parameters)
-    forward = forward_pass(spec, footprint, pace, **row)
-    answer = forward_pass(spec, footprint, pace, length=workload.length, scored=1.0)
+    training = training_pass(spec, footprint, paths, pace, **row, adapter_parameters=adapter_parameters)
+    forward = forward_pass(spec, footprint, paths, pace, **row)
+    answer = forward_pass(spec, footprint, paths, pace, length=workload.length, scored=1.0)
     per_pass = workload.tokens_per_update / workload.micro_batches
     step = correction * (
         training.seconds(workload.tokens_per_update, workload.micro_batches)

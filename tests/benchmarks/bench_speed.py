@@ -445,8 +445,7 @@ def main() -> int:
                 failed = True
                 continue
         print(table(documents[-1]) + "\n", flush=True)
-        # Our own side was found wrong.
-        failed |= any(OWN in line.get("absent", "") for line in documents[-1]["lines"])
+        failed |= any(OWN in line.get("absent", "") for line in documents[-1]["lines"])  # ours was found wrong
         if asked.json:  # after each case: a night's work is not lost with its last one
             asked.json.write_text(json.dumps({"format": 2, "cases": documents}, indent=1), encoding="utf-8")
     return int(failed)

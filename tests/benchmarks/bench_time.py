@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -86,9 +87,8 @@ def update_seconds(case: Mapping[str, Any], root: Path, costs: Any = None) -> fl
 
 def measured(case: dict[str, Any], root: Path) -> dict[str, Any]:
     """The case as it ran, and as it was predicted."""
-    seconds = measure({k: v for k, v in case.items() if k != "name"} | {"updates": UPDATES}, root, ("plain",))
-    fastest = min(seconds["step_seconds"][1:])
-    predicted = update_seconds(case | {"updates": UPDATES}, root)
+    seconds = measure({key: value for key, value in case.items() if key != "name"}, root, ("plain",))
+    fastest, predicted = min(seconds["step_seconds"][1:]), update_seconds(case, root)
     return {"case": case, "seconds": fastest, "predicted": predicted, "ratio": predicted / fastest}
 
 
@@ -98,7 +98,7 @@ def fitted(found: Sequence[Mapping[str, Any]], root: Path) -> dict[str, float]:
 
     names = [field.name for field in fields(CPU) if field.name not in (*HELD, "overlaps")]
     nothing = replace(CPU, **dict.fromkeys(names, 0.0))
-    cases = [one["case"] | {"updates": UPDATES} for one in found]
+    cases = [one["case"] for one in found]
     base = np.array([update_seconds(case, root, nothing) for case in cases])
     parts = np.array([[update_seconds(c, root, replace(nothing, **{n: 1.0})) for n in names] for c in cases])
     seconds = np.array([one["seconds"] for one in found])
@@ -131,25 +131,19 @@ def main() -> None:
     parser.add_argument("--only", help="cases whose name has this in it")
     parser.add_argument("--fit", action="store_true", help="print costs fitted to these cases")
     parser.add_argument("--root", type=Path, help="where models and rows are kept for the next call")
-    parser.add_argument("--from", dest="given", type=Path, help="fit to what an earlier call wrote with --json")
     parser.add_argument("--json", type=Path, help="write everything there")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         root = asked.root or Path(place)
         os.environ |= surroundings(root) | {"LLMTUNE_STORE": f"sqlite:///{place}/nothing-learned.db"}
         found = []
-        if asked.given:
-            found = json.loads(asked.given.read_text(encoding="utf-8"))["found"]
-            for one in found:
-                one["predicted"] = update_seconds(one["case"] | {"updates": UPDATES}, root)
-                one["ratio"] = one["predicted"] / one["seconds"]
-        for case in () if asked.given else CASES:
+        for case in CASES:
             if asked.only is None or asked.only in case["name"]:
-                found.append(measured(case, root))
+                found.append(measured(case | {"updates": UPDATES}, root))
                 told = f"{case['name']}: {found[-1]['seconds']:.3f} s, {found[-1]['ratio']:.2f}"
                 print(told, file=sys.stderr, flush=True)
         document: dict[str, Any] = {"found": found, "versions": {name: version(name) for name in PACKAGES}}
-        document |= {"machine": platform.platform(), "command": " ".join(["python", *sys.argv])}
+        document |= {"machine": platform.platform(), "command": shlex.join(["python", *sys.argv])}
         print(table(found))
         if asked.fit:
             document["fit"] = fitted(found, root)

@@ -8,7 +8,7 @@ our kernels they take and what these need, ``weights`` what stands between passe
 from __future__ import annotations
 
 from llmtune.planning.memory.estimate import BYTES_PER_VALUE, USABLE_SHARE, Footprint, MemoryEstimate
-from llmtune.planning.memory.paths import paths_of
+from llmtune.planning.memory.paths import Paths, paths_of
 from llmtune.planning.memory.predict import CUDA_CONTEXT_BYTES, INTERPRETER_BYTES, predict_memory
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "USABLE_SHARE",
     "Footprint",
     "MemoryEstimate",
+    "Paths",
     "paths_of",
     "predict_memory",
 ]

@@ -29,9 +29,7 @@ tokenizer = AutoTokenizer.from_pretrained(JOB["model"])
 rows = 1 if fp32 else min(JOB["batch"], JOB["most_rows"])
 trainer = Trainer(
     model=model,
-    args=TrainingArguments(
-        bf16=not fp32, **trainer_settings(JOB, rows) | ({"gradient_checkpointing": True} if recomputed else {})
-    ),
+    args=TrainingArguments(bf16=not fp32, gradient_checkpointing=recomputed, **trainer_settings(JOB, rows)),
     train_dataset=Dataset.from_list(read_rows(JOB)),
     data_collator=DataCollatorForSeq2Seq(tokenizer),
     callbacks=[gate(JOB, TALK, "torch", "transformers", "peft", "accelerate")],
