@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bench_convergence.py                               # builtin:tiny, LoRA, ten seeds
     python tests/benchmarks/bench_convergence.py --model 50m --steps 300       # from random weights, all trained
-    python tests/benchmarks/bench_convergence.py --model 50m --steps 120 --task prose
+    python tests/benchmarks/bench_convergence.py --model 50m --steps 120 --task prose --batch 8 --jobs 2
     python tests/benchmarks/bench_convergence.py --model 50m --data gsm8k.jsonl --heldout-data gsm8k-test.jsonl
     python tests/benchmarks/bench_convergence.py --json convergence.json
 
@@ -29,6 +29,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import multiprocessing
 import shlex
 import shutil
 import sys
@@ -36,7 +37,9 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +90,19 @@ def one_seed(study: Study, seed: int, work: Path, *, neighbours: bool = False) -
         _, near = base.train(neighbour(record.start, seed), record, work / "near")
         found["neighbour_deviation"] = result(near) / found["reference_loss"] - 1
     return found | {"seconds": time.monotonic() - began}
+
+
+def _tidy_seed(study: Study, seed: int, *, root: Path, neighbours: bool) -> dict[str, Any]:
+    """`one_seed` in a directory of its own, which is removed; what was found is told at once."""
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    work = root / f"seed-{seed}"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    found = one_seed(study, seed, work, neighbours=neighbours)
+    told = {name: value for name, value in found.items() if not name.endswith("losses")}
+    print(json.dumps(told), file=sys.stderr, flush=True)
+    shutil.rmtree(work)
+    return found
 
 
 def _cosines(record: Recorder, base: Reference, *, full: bool) -> dict[str, Any]:
@@ -197,24 +213,22 @@ def study_of(asked: argparse.Namespace) -> Study:
         steps=steps,
         batch=batch,
         learning_rate=asked.rate or (None if tiny else 5e-4),
-        threads=asked.threads,
+        threads=max(1, asked.threads // asked.jobs),
         changes={},
     )
 
 
-def run(study: Study, seeds: Sequence[int], root: Path, *, neighbours: bool = False) -> dict[str, Any]:
-    """All seeds, one after the other; what they write is removed."""
+def run(study: Study, seeds: Sequence[int], root: Path, *, neighbours: bool = False, jobs: int = 1) -> dict[str, Any]:
+    """All seeds, ``jobs`` of them at a time in processes of their own; what they write is removed."""
     import transformers
 
-    found = []
-    for seed in seeds:
-        work = root / f"seed-{seed}"
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
-        found.append(one_seed(study, seed, work, neighbours=neighbours))
-        told = {name: value for name, value in found[-1].items() if not name.endswith("losses")}
-        print(json.dumps(told), file=sys.stderr, flush=True)
-        shutil.rmtree(work)
+    task = partial(_tidy_seed, study, root=root, neighbours=neighbours)
+    if jobs == 1:
+        found = [task(seed) for seed in seeds]
+    else:
+        # Not forked: torch's threads do not live on in a fork.
+        with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as workers:
+            found = list(workers.map(task, seeds))
     told = asdict(study) | {"train": len(study.train), "heldout": len(study.heldout), "method": study.method}
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     return {"study": told, "seeds": found, "verdict": verdict(found), "versions": versions}
@@ -233,15 +247,15 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help="updates; 120, 50m: 300")
     parser.add_argument("--batch", type=int, help="rows per update; 16, 50m: 32")
     parser.add_argument("--rate", type=float, help="peak learning rate; llmtune's own, 50m: 5e-4")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of all jobs together")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds at a time; nothing is timed here")
     parser.add_argument("--neighbours", action="store_true", help="train two more times per seed, see above")
     parser.add_argument("--root", type=Path, help="where runs are written; a temporary directory")
     parser.add_argument("--json", type=Path, help="write everything there")
     asked = parser.parse_args()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(dir=asked.root) as root:
         seeds = range(asked.first_seed, asked.first_seed + asked.seeds)
-        document = run(study_of(asked), seeds, Path(root), neighbours=asked.neighbours)
+        document = run(study_of(asked), seeds, Path(root), neighbours=asked.neighbours, jobs=asked.jobs)
     document["command"] = shlex.join(["python", "tests/benchmarks/bench_convergence.py", *sys.argv[1:]])
     if asked.json:
         asked.json.write_text(json.dumps(document, indent=1), encoding="utf-8")

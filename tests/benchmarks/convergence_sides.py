@@ -177,7 +177,8 @@ class Reference:
         job = {"work": str(work), "steps": len(record.updates), "batch": batch, "seed": args.seed}
         same = ("lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "optim")
         same += ("adam_beta1", "adam_beta2", "adam_epsilon")
-        settings = trainer_settings(job | {"learning_rate": args.learning_rate}, batch)
+        # Rows one by one, as in `gradients`: padding would only cost time.
+        settings = trainer_settings(job | {"learning_rate": args.learning_rate}, pass_rows=1)
         losses: list[float] = []
         trainer = Trainer(
             model=self.model(start),
