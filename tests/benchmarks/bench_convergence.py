@@ -80,6 +80,7 @@ def one_seed(study: Study, seed: int, work: Path, *, neighbours: bool = False) -
         "train_losses": record.losses,
         "reference_train_losses": losses,
         "learning_rate": record.args.learning_rate,
+        "recoveries": record.recoveries,
         "supervised": sum(label != IGNORED for row in heldout for label in row["labels"]),
     }
     found["deviation"] = found["loss"] / found["reference_loss"] - 1
@@ -181,6 +182,11 @@ def table(document: Mapping[str, Any]) -> str:
         ]
         cells += [f"{seed[n]:+.3%}" for n in ("trainer_bf16_deviation", "neighbour_deviation")] if more else []
         lines.append("| " + " | ".join(cells) + " |")
+    lines += [
+        f"\nSeed {seed['seed']}: the run of llmtune recovered by {', '.join(seed['recoveries'])}."
+        for seed in seeds
+        if seed["recoveries"]
+    ]
     said = "holds" if overall["holds"] else "DOES NOT HOLD"
     lines += [
         "",
