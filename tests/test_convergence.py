@@ -31,6 +31,7 @@ def study(steps: int, batch: int, heldout: int) -> Study:
 
 def test_a_few_updates_in_bf16_are_those_of_a_trainer_in_fp32(tmp_path: Path) -> None:
     found = one_seed(study(6, 8, 16), 0, tmp_path)
+    assert found["recoveries"] == []
     assert abs(found["deviation"]) <= MOST_LOSS
     assert found["train_loss_deviation"] <= 2 * MOST_LOSS
     assert list(found["cosines"]) == ["1", "6"]
@@ -44,6 +45,7 @@ def test_a_few_updates_in_bf16_are_those_of_a_trainer_in_fp32(tmp_path: Path) ->
 def test_many_updates_of_the_embedded_model(tmp_path: Path) -> None:
     document = run(study(60, 16, 40), range(1), tmp_path)
     print(table(document | {"command": "pytest -m slow tests/test_convergence.py"}))
+    assert [seed["recoveries"] for seed in document["seeds"]] == [[]]
     assert document["verdict"]["most_deviation"] <= MOST_LOSS
     assert document["verdict"]["least_cosine"] >= LEAST_COSINE
     assert document["verdict"]["holds"]

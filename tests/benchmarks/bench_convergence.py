@@ -93,7 +93,7 @@ def one_seed(study: Study, seed: int, work: Path, *, neighbours: bool = False) -
     return found | {"seconds": time.monotonic() - began}
 
 
-def _tidy_seed(study: Study, seed: int, *, root: Path, neighbours: bool) -> dict[str, Any]:
+def _run_seed(study: Study, seed: int, *, root: Path, neighbours: bool) -> dict[str, Any]:
     """`one_seed` in a directory of its own, which is removed; what was found is told at once."""
     logging.getLogger("transformers").setLevel(logging.ERROR)
     work = root / f"seed-{seed}"
@@ -228,7 +228,7 @@ def run(study: Study, seeds: Sequence[int], root: Path, *, neighbours: bool = Fa
     """All seeds, ``jobs`` of them at a time in processes of their own; what they write is removed."""
     import transformers
 
-    task = partial(_tidy_seed, study, root=root, neighbours=neighbours)
+    task = partial(_run_seed, study, root=root, neighbours=neighbours)
     if jobs == 1:
         found = [task(seed) for seed in seeds]
     else:
