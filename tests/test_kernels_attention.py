@@ -201,6 +201,22 @@ def cut_small(block: int, scores: int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def cpu(*, amx: bool, fewest: int = 0) -> Iterator[None]:
+    """With AMX only the way back goes in blocks; without it both do, of documents of any length here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_attention, "_vector_bf16", lambda: not amx)
+        patch.setattr(cpu_attention, "_SHORTEST", fewest)
+        patch.setattr(cpu_attention, "_FEWEST", fewest)
+        yield
+
+
+@pytest.fixture(params=[True, False], ids=["amx", "vector"])
+def amx(request: pytest.FixtureRequest) -> Iterator[bool]:
+    with cpu(amx=request.param):
+        yield request.param
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=5),
@@ -209,19 +225,21 @@ def cut_small(block: int, scores: int) -> Iterator[None]:
     width=st.sampled_from([8, 16, 20, 24]),  # factors of the scores that are powers of two, and that are not
     block=st.sampled_from([1, 7, 16, 128]),
     scores=st.sampled_from([1, 2000, 2**20]),
+    amx=st.booleans(),
 )
-def test_gradients_in_blocks(
-    lengths: list[int], rows: int, heads: tuple[int, int], width: int, block: int, scores: int
+def test_outputs_and_gradients_in_blocks(
+    lengths: list[int], rows: int, heads: tuple[int, int], width: int, block: int, scores: int, amx: bool
 ) -> None:
     """bf16 keeps eight bits: 2 ** -8 is one rounding. The bound is five of them, for a chain of six."""
     bounds = tuple(accumulate(lengths, initial=0))
     states = states_of(rows, *heads, bounds[-1], width, torch.bfloat16)
     assert cpu_attention.goes_in_blocks(states[0], states[1], bounds)
-    with cut_small(block, scores):
+    with cut_small(block, scores), cpu(amx=amx):
         mine = ours(states, width**-0.5, bounds)
     assert max(errors(mine, reference(states, width**-0.5, bounds))) < 5 * 2**-8
 
 
+@pytest.mark.usefixtures("amx")
 @pytest.mark.parametrize("block", [128, 2])
 def test_gradients_are_as_close_as_torchs(block: int) -> None:
     for width in (64, 80):
@@ -236,6 +254,7 @@ def test_gradients_are_as_close_as_torchs(block: int) -> None:
             assert mine < max(3.5 * their, 2**-8)
 
 
+@pytest.mark.usefixtures("amx")
 def test_large_scores_do_not_overflow() -> None:
     """What lies above the diagonal is exponentiated before it is dropped."""
     states = states_of(1, 3, 1, 50, 16, torch.bfloat16)
@@ -245,6 +264,7 @@ def test_large_scores_do_not_overflow() -> None:
     assert max(errors(mine[:1], reference(states, 0.25, (0, 50))[:1])) < 2**-6
 
 
+@pytest.mark.usefixtures("amx")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_a_document_has_the_numbers_it_has_alone(dtype: torch.dtype) -> None:
     bounds = tuple(accumulate((13, 200, 1, 40), initial=0))
@@ -272,6 +292,7 @@ def test_a_gradient_without_memory_of_its_own() -> None:
     assert max(errors([leaf.grad for leaf in leaves], exact[1:])) < 1e-6
 
 
+@pytest.mark.usefixtures("amx")
 def test_what_is_saved_is_what_torch_saves() -> None:
     """Queries, keys, values, output, and one fp32 number per query and head; never a score."""
 
@@ -295,15 +316,15 @@ def test_what_is_saved_is_what_torch_saves() -> None:
     assert mine == documents == theirs == rows * tokens * (2 * width * 2 * (heads + key_heads) + 4 * heads)
 
 
-def test_which_passes_go_backward_in_blocks() -> None:
-    """Blocks in bf16 up to a length, torch's kernel in fp32 and above; in both cases torch's forward."""
+def test_which_passes_go_in_blocks(amx: bool) -> None:
+    """bf16, and with AMX backward up to a length and never forward; the rest is torch's kernel's."""
     module = torch.nn.Module()
-    module.num_key_value_groups = 3
-    for dtype, tokens, key_heads, blocks in (
+    longest = cpu_attention._LONGEST
+    for dtype, tokens, key_heads, back in (
         (torch.bfloat16, 64, 1, True),
-        (torch.bfloat16, cpu_attention._LONGEST, 1, True),
-        (torch.bfloat16, cpu_attention._LONGEST + 1, 1, False),
-        (torch.bfloat16, cpu_attention._LONGEST, 3, False),
+        (torch.bfloat16, longest, 1, True),
+        (torch.bfloat16, longest + 1, 1, not amx),
+        (torch.bfloat16, longest, 3, not amx),
         (torch.float32, 64, 1, False),
     ):
         states = states_of(1, 3, key_heads, tokens, 8, dtype)
@@ -311,11 +332,24 @@ def test_which_passes_go_backward_in_blocks() -> None:
         leaves = [state.requires_grad_() for state in states[:3]]
         with Watch() as watch:
             output, _ = attend(module, *leaves, None, scaling=0.5)
+            products = watch.count(torch.ops.aten.bmm)
             output.backward(states[3].transpose(1, 2))
-        assert watch.count(FLASH) == 1
-        assert (watch.count(FLASH_BACK), watch.count(torch.ops.aten.bmm) > 0) == (0 if blocks else 1, blocks)
-        if blocks:
+        forward = dtype == torch.bfloat16 and not amx
+        assert (watch.count(FLASH), products > 0) == (0 if forward else 1, forward)
+        assert (watch.count(FLASH_BACK), watch.count(torch.ops.aten.bmm) > products) == (0 if back else 1, back)
+        if back:
             assert watch.largest <= max(2 * 3 * tokens * 128, 3 * tokens * 10)  # never all scores of a long row
+
+
+@pytest.mark.parametrize(("rows", "tokens", "blocks"), [(16, 64, True), (16, 63, False), (3, 64, False)])
+def test_few_queries_are_left_to_torchs_kernel(rows: int, tokens: int, blocks: bool) -> None:
+    """Without AMX, and where nothing needs a gradient: 9 heads are 2,048 queries and more from four rows of 64 on."""
+    module = torch.nn.Module()
+    module.num_key_value_groups = 3
+    with cpu(amx=False, fewest=64), pytest.MonkeyPatch.context() as patch, Watch() as watch:
+        patch.setattr(cpu_attention, "_FEWEST", 2048)
+        attend(module, *states_of(rows, 9, 3, tokens, 8, torch.bfloat16)[:3], None, scaling=0.5)
+    assert (watch.count(FLASH), watch.count(torch.ops.aten.bmm) > 0) == (0 if blocks else 1, blocks)
 
 
 # ------------------------------------------------------------------ packed rows

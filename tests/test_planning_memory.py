@@ -79,8 +79,9 @@ def test_numbers_of_the_kernels_are_the_kernels():
 
     assert paths.FEWEST_ROWS == adapters.FEWEST_ROWS
     assert (paths.WORK_ENTRIES, paths.BLOCK_ENTRIES) == (loss.WORK_ENTRIES, loss.BLOCK_ENTRIES)
-    of_attention = cpu_attention._BLOCK, cpu_attention._SCORES, cpu_attention._LONGEST
-    assert (paths.BLOCK, paths.SCORES, paths.LONGEST) == of_attention
+    assert (paths.BLOCK, paths.SCORES) == (cpu_attention._BLOCK, cpu_attention._SCORES)
+    limits = cpu_attention._LONGEST, cpu_attention._SHORTEST, cpu_attention._FEWEST
+    assert (paths.LONGEST, paths.SHORTEST, paths.FEWEST_QUERIES) == limits
 
 
 @pytest.mark.parametrize(

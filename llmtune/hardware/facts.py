@@ -61,6 +61,11 @@ class Cpu:
     amx: bool
     avx512_bf16: bool
 
+    @property
+    def vector_bf16(self) -> bool:
+        """Whether bf16 products run in vector registers, for want of AMX."""
+        return self.avx512_bf16 and not self.amx
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speed:

@@ -1,10 +1,10 @@
-"""Causal attention of training passes: no mask where none is needed, a faster backward pass on CPUs, packed documents.
+"""Causal attention of training passes: no mask where none is needed, faster passes on CPUs, packed documents.
 
 ``attach_attention`` makes it the attention of a loaded model. It takes the passes that training consists of and hands
 every other one (a cache, a mask, one token at a time, dropout) to transformers' ``sdpa``:
 
 ============================  =========================================================================
-rows padded on the right      no mask; a CPU's backward pass is `CausalAttention`'s
+rows padded on the right      no mask; on a CPU `CausalAttention`
 documents packed in one row   ``torch.nn.attention.varlen`` on CUDA, document by document on a CPU
 anything else                 ``sdpa``, with the mask that it would have had
 ============================  =========================================================================
@@ -20,7 +20,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from llmtune.kernels.cpu_attention import CausalAttention, document_by_document, goes_in_blocks, takes
+from llmtune.kernels.cpu_attention import (
+    CausalAttention,
+    document_by_document,
+    goes_in_blocks,
+    starts_in_blocks,
+    takes,
+)
 from llmtune.kernels.documents import Documents
 
 NAME = "llmtune"  # under which transformers knows it
@@ -176,7 +182,8 @@ def attend(
             if documents is not None:
                 return document_by_document(*states, scale, documents), None
             bounds = (0, query.shape[2])
-            if _needs_gradient(*states) and goes_in_blocks(*states[:2], bounds):
+            backward = _needs_gradient(*states) and goes_in_blocks(*states[:2], bounds)
+            if backward or starts_in_blocks(states[0]):
                 mixed: torch.Tensor = CausalAttention.apply(*states, scale, bounds)  # type: ignore[no-untyped-call]
                 return mixed.transpose(1, 2).contiguous(), None
         elif documents is not None and _suits_varlen(*states):

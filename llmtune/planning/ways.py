@@ -250,6 +250,7 @@ def _footprint(
         varlen=request.has_varlen,
         window=request.spec.window,
         threads=threads_of(request),
+        vector_bf16=request.hardware.cpu.vector_bf16,
     )
 
 

@@ -1,6 +1,6 @@
 """How far the predicted memory and time of a run are from what the run really takes, on a CPU.
 
-    python tests/benchmarks/bench_memory.py                      # all cases, about 15 minutes on two cores
+    python tests/benchmarks/bench_memory.py                      # all cases, about 20 minutes on two cores
     python tests/benchmarks/bench_memory.py --cases 6            # every eighth
     python tests/benchmarks/bench_memory.py --only qwen --no-rss # those named so, tensors alone
 
@@ -63,6 +63,7 @@ LINES: tuple[tuple[str, dict[str, Any]], ...] = (
     # lora, the usual way, at several shapes of batch
     ("llama", {"rows": 4, "width": 256}),
     ("llama", {"rows": 1, "width": 1024, "dropout": 0.05}),
+    ("llama", {"rows": 1, "width": 3072}),
     ("llama", {"rows": 16, "width": 64, "rank": 64}),
     ("phi", {"rows": 4, "width": 256, "dropout": 0.05}),
     ("phi", {"rows": 8, "width": 64, "targets": ["all-linear"]}),

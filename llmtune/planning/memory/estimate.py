@@ -82,6 +82,7 @@ class Footprint:
         window: Tokens that attention looks back over, itself included; None for all.
         varlen: Whether the device has a kernel for packed rows: CUDA.
         threads: Of this process, on a CPU.
+        vector_bf16: Whether that CPU has bf16 products, but no AMX: attention goes in blocks both ways.
     """
 
     method: str
@@ -103,3 +104,4 @@ class Footprint:
     window: int | None = None
     varlen: bool = False
     threads: int = 1
+    vector_bf16: bool = False

@@ -17,6 +17,7 @@ from llmtune.planning.memory.estimate import Footprint
 from llmtune.planning.memory.paths import (
     arithmetic_of,
     blocks_bytes,
+    forward_blocks_bytes,
     loss_workspace,
     mask_width,
     norm_blocks,
@@ -226,12 +227,21 @@ class Pass:
         if masked:
             # The boolean mask as numbers of the queries' type, made anew in every layer.
             kept.append(Value(self._tokens * mask_width(self._footprint), q.item, gradient=False))
-        work = blocks_bytes(self._spec, self._footprint, q.item) if self._paths.blocks else 0.0
-        out = self.tape.add([q, k, v], q.size, q.item, saved=[q, k, v, *kept], saves_output=True, backward_work=work)
-        one_by_one = self._footprint.packed and not masked
-        if one_by_one or not (self._on_cpu and self._spec.architecture in PARTLY_ROTATED):
+        back = blocks_bytes(self._spec, self._footprint, q.item) if self._paths.blocks else 0.0
+        work = forward_blocks_bytes(self._spec, self._footprint, q.item) if self._paths.starts_in_blocks else 0.0
+        out = self.tape.add(
+            [q, k, v],
+            q.size,
+            q.item,
+            saved=[q, k, v, *kept],
+            saves_output=True,
+            forward_work=work,
+            backward_work=back,
+        )
+        ours = self._paths.starts_in_blocks or (self._footprint.packed and not masked)
+        if ours or not (self._on_cpu and self._spec.architecture in PARTLY_ROTATED):
             return out
-        # The output lies as the queries do: put together anew, head by head, so that it has to be copied.
+        # Torch's output lies as the queries do: put together anew, head by head, so that it has to be copied.
         return self.tape.add([out], out.size, out.item, alias=True)
 
     def _heads(self, x: Value) -> tuple[Value, Value, Value]:

@@ -16,8 +16,9 @@ FEWEST_ROWS = 128
 WORK_ENTRIES, BLOCK_ENTRIES = 2**18, 2**20
 # ``kernels.layers``: values of a block of rows per thread; fewer values of a norm's input are left to transformers.
 BLOCK_VALUES, FEWEST_VALUES = 2**16, 2**16
-# ``kernels.cpu_attention``: queries of a block, scores of a product, longest document of heads that share keys.
-BLOCK, SCORES, LONGEST = 128, 2**20, 1024
+# ``kernels.cpu_attention``: queries of a block, scores of a product, longest document of heads that share keys where
+# the CPU has AMX, shortest document and fewest queries that go forward in blocks where it has not.
+BLOCK, SCORES, LONGEST, SHORTEST, FEWEST_QUERIES = 128, 2**20, 1024, 64, 2048
 
 # What oneDNN asks torch for in a bf16 product over a vocabulary, beside sums in fp32: 0.5 MiB for 2,048 words, 1 to 1.1
 # MiB from 8,192 to 98,304 (measured, torch 2.13, AMX).
@@ -81,6 +82,7 @@ class Paths:
         adapters: Adapters on plain linear layers, in the base's precision.
         norms: RMSNorms of the residual stream, in blocks of rows (on a CPU).
         blocks: The backward pass of attention, in blocks of products (on a CPU).
+        starts_in_blocks: Its forward pass, likewise.
         masked: Whether attention gets a dense mask.
     """
 
@@ -88,6 +90,7 @@ class Paths:
     adapters: bool
     norms: bool
     blocks: bool
+    starts_in_blocks: bool
     masked: bool
 
 
@@ -101,11 +104,13 @@ def paths_of(spec: ModelSpec, footprint: Footprint, *, on_cpu: bool) -> Paths:
     attention = whole and (traced is None or traced.plain_attention)
     masked = _masked(spec, footprint, on_cpu=on_cpu, attached=attention)
     adapts = footprint.method != "full" and _adapts(footprint, on_cpu=on_cpu)
+    in_blocks = attention and not masked and on_cpu and _bf16_attention(footprint)
     return Paths(
         loss=whole and (traced is None or traced.plain_loss),
         adapters=whole and adapts and (traced is None or traced.plain_linears),
         norms=whole and on_cpu and norm_is_ours(footprint, spec.shape.hidden, arithmetic_of(footprint).stream),
-        blocks=attention and not masked and on_cpu and _in_blocks(spec, footprint),
+        blocks=in_blocks and _goes_in_blocks(spec, footprint),
+        starts_in_blocks=in_blocks and _starts_in_blocks(spec, footprint),
         masked=masked,
     )
 
@@ -144,37 +149,102 @@ def norm_blocks(footprint: Footprint, values: float, width: int) -> float:
     return min(values, width * max(1, BLOCK_VALUES * footprint.threads // width))
 
 
-def _in_blocks(spec: ModelSpec, footprint: Footprint) -> bool:
+def _bf16_attention(footprint: Footprint) -> bool:
+    return footprint.precision == "bf16" and arithmetic_of(footprint).attention == 2
+
+
+def _goes_in_blocks(spec: ModelSpec, footprint: Footprint) -> bool:
     shared = spec.shape.heads > spec.shape.kv_heads
-    bf16 = footprint.precision == "bf16" and arithmetic_of(footprint).attention == 2
-    return bf16 and footprint.width <= (LONGEST if shared else LONGEST // 2)
+    return footprint.vector_bf16 or footprint.width <= (LONGEST if shared else LONGEST // 2)
+
+
+def _starts_in_blocks(spec: ModelSpec, footprint: Footprint) -> bool:
+    queries = spec.shape.heads * (footprint.width if footprint.packed else footprint.tokens)
+    return footprint.vector_bf16 and footprint.width >= SHORTEST and queries >= FEWEST_QUERIES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Blocks:
+    """Attention of the longest rows of a pass in blocks of products.
+
+    Attributes:
+        width: Tokens of a row or document.
+        group: Query heads of a key head.
+        head: Numbers of a head.
+        batch: Key heads of rows that are computed at once.
+        size: Queries of a block.
+        several: Whether a row has more than one of them.
+        in_parts: Whether these rows are not all that a pass has of them, in one piece.
+        copied: Whether the queries of a block have to be put together.
+    """
+
+    width: int
+    group: int
+    head: int
+    batch: int
+    size: int
+    several: bool
+    in_parts: bool
+    copied: bool
+
+    @classmethod
+    def of(cls, spec: ModelSpec, footprint: Footprint) -> _Blocks:
+        shape, width = spec.shape, footprint.width
+        rows = 1 if footprint.packed else max(1, footprint.tokens // width)
+        group = shape.heads // shape.kv_heads
+        of_head = group * min(BLOCK, width) * width
+        some_rows = min(rows, max(1, SCORES // (of_head * shape.kv_heads)))
+        some_heads = min(shape.kv_heads, max(1, SCORES // of_head))
+        blocks = -(-width // BLOCK)
+        return cls(
+            width=width,
+            group=group,
+            head=shape.head_dim,
+            batch=some_rows * some_heads,
+            size=-(-width // blocks),
+            several=blocks > 1,
+            in_parts=some_heads < shape.kv_heads and some_rows > 1,
+            copied=group > 1 or some_rows > 1,
+        )
+
+    @property
+    def wide(self) -> int:
+        """Numbers of a head with two columns more."""
+        return self.head + 2
+
+    @property
+    def queries(self) -> int:
+        """Of a block."""
+        return self.batch * self.group * self.size
 
 
 def blocks_bytes(spec: ModelSpec, footprint: Footprint, item: int) -> float:
     """What the backward pass of attention in blocks needs beside its inputs and its gradients."""
-    shape, tokens, width = spec.shape, footprint.tokens, footprint.width
-    rows = 1 if footprint.packed else max(1, tokens // width)
-    group, heads, head = shape.heads // shape.kv_heads, shape.kv_heads, shape.head_dim
-    wide = head + 2
+    some, tokens, heads = _Blocks.of(spec, footprint), footprint.tokens, spec.shape.heads
     # Queries, gradient, keys and values with two columns more, and the fp32 column that was put last.
-    there = float(item) * tokens * (2 * shape.heads + 2 * heads) * wide
-    there += 4.0 * tokens * shape.heads  # dots
-    of_head = group * min(BLOCK, width) * width
-    some_rows = min(rows, max(1, SCORES // (of_head * heads)))
-    some_heads = min(heads, max(1, SCORES // of_head))
-    batch, blocks = some_rows * some_heads, -(-width // BLOCK)
-    size = -(-width // blocks)
-    scores = batch * group * size * width * item
+    there = float(item) * tokens * 2 * (heads + spec.shape.kv_heads) * some.wide
+    there += 4.0 * tokens * heads  # dots
+    scores = some.queries * some.width * item
     # Keys and values of these heads in one piece, where they are a part of all; queries and gradients of a block, where
     # they have to be copied; sums in fp32; products not added yet.
-    partial = some_heads < heads and some_rows > 1
-    inside = 2 * scores + (2 * item * batch * width * wide if partial or footprint.packed else 0)
-    if blocks > 1:
-        inside += 2 * item * batch * group * size * wide * (group > 1 or some_rows > 1)
-        inside += 2 * 4 * batch * width * head
+    keys = some.batch * some.width
+    inside = 2 * scores + (2 * item * keys * some.wide if some.in_parts or footprint.packed else 0)
+    if some.several:
+        inside += 2 * item * some.queries * some.wide * some.copied
+        inside += 2 * 4 * keys * some.head
     # Products of a block, the last one's of the block before, and keys that a product needs without gaps.
-    inside += item * batch * head * (3 * width + (1 + (blocks > 1)) * group * size)
+    inside += item * some.head * (3 * keys + (1 + some.several) * some.queries)
     return there + inside
+
+
+def forward_blocks_bytes(spec: ModelSpec, footprint: Footprint, item: int) -> float:
+    """What its forward pass in blocks needs beside inputs, output and the logarithms that are kept."""
+    some = _Blocks.of(spec, footprint)
+    there = float(item) * footprint.tokens * spec.shape.kv_heads * some.wide
+    # Keys and values in one piece; queries with and without two columns; weighted values, divided in fp32.
+    keys = 2 * item * some.batch * some.width * some.head
+    queries = some.queries * (item * (some.width + some.head + some.wide) + (item + 4) * some.head)
+    return there + keys + queries
 
 
 def logit_tensors(spec: ModelSpec, footprint: Footprint, *, on_cpu: bool) -> tuple[float, ...]:
