@@ -27,6 +27,7 @@ from llmtune.kernels import CHUNK_ROWS
 from llmtune.models import read_spec
 from llmtune.planning.memory import BYTES_PER_VALUE, CUDA_CONTEXT_BYTES, INTERPRETER_BYTES, MemoryEstimate, paths
 from llmtune.planning.memory.passes import PassSimulation
+from llmtune.planning.memory.resident import TIGHT
 from llmtune.planning.memory.weights import DEFAULT_OPTIMIZER, OPTIMIZERS, standing
 from llmtune.units import GIB
 
@@ -111,6 +112,35 @@ def test_a_dense_mask_is_for_what_no_kernel_takes(where, how, masked):
     assert ("masks" in memory.terms) == masked
     if masked:
         assert memory.terms["masks"] >= 1024 * wide
+
+
+@pytest.mark.parametrize(
+    ("how", "forward", "backward"),
+    [
+        ({}, True, True),
+        ({"tokens": 4096, "width": 4096}, True, True),
+        ({"tokens": 4096, "width": 4096, "vector_bf16": False}, False, False),
+        ({"vector_bf16": False}, False, True),
+        ({"precision": "fp32"}, False, False),
+        ({"window": 128}, False, False),
+        ({"tokens": 1024, "width": 63}, False, True),
+        ({"tokens": 1024, "width": 64}, True, True),
+        ({"tokens": 1024, "width": 64, "packed": True}, True, True),
+        ({"tokens": 1024, "width": 63, "packed": True}, False, True),
+    ],
+)
+def test_which_passes_of_attention_go_in_blocks(how, forward, backward):
+    """Of 32 heads over eight."""
+    found = paths.paths_of(SEVEN_B, footprint(**({"vector_bf16": True} | how)), on_cpu=True)
+    assert (found.starts_in_blocks, found.blocks) == (forward, backward)
+    assert not paths.paths_of(SEVEN_B, footprint(**({"vector_bf16": True} | how)), on_cpu=False).blocks
+
+
+def test_while_weights_are_converted_no_kernel_is_there_yet():
+    """What is resident then comes in place of what the training needs beside its tensors, or is the most of all."""
+    small, large = (predicted(SEVEN_B, CPU, method="qlora", tokens=tokens, width=256) for tokens in (256, 8192))
+    assert small.terms["loading"] > 0 == large.terms.get("loading", 0)
+    assert small.terms["allocator"] == TIGHT.at_loading < TIGHT.least < large.terms["allocator"]
 
 
 def test_an_adapter_is_kept_in_the_precision_it_is_computed_in():

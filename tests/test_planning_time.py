@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from llmtune.hardware import Accelerator, Cpu, Hardware, Rates, Speed, choose_device, nominal_rates
 from llmtune.models import spec_from_entry
 from llmtune.planning import Footprint, TimeEstimate
+from llmtune.planning.passes import ACCELERATOR, AMX_CPU, VECTOR_CPU, costs_of
 from llmtune.planning.timing import RANGE, Workload, predict_time
 from llmtune.presets import find_entry
 from llmtune.units import GIB
@@ -296,6 +297,16 @@ def test_a_device_is_found_by_its_name(name: str, half: float) -> None:
     hardware = machine(name)
     rates = nominal_rates(hardware, choose_device(hardware))
     assert math.isclose(rates.best.matmul["bf16"], 0.8 * half * 1e12)
+
+
+def test_a_cpu_has_the_costs_that_were_fitted_on_its_kind() -> None:
+    vector = replace(CPU, amx=False)
+    kinds = [costs_of("cpu", CPU), costs_of("cpu", vector), costs_of("cuda", CPU)]
+    assert kinds == [AMX_CPU, VECTOR_CPU, ACCELERATOR]
+    assert costs_of("cpu", replace(vector, avx512_bf16=False)) is AMX_CPU
+    # Nominal rates are of the kind as well: the same pass is as long to within the range of what is said.
+    seconds = [predicted(machine(cpu=cpu)).step_seconds for cpu in (CPU, vector)]
+    assert 1 < seconds[1] / seconds[0] < 3
 
 
 def test_a_cpu_without_bf16_computes_it_in_fp32() -> None:

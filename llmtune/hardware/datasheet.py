@@ -116,10 +116,12 @@ UNKNOWN = {
 _REACHED = 0.8
 
 # Matrix products per core, in FLOP/s. AMX was measured with torch 2.13: 2.05e12 in bf16 and 0.33e12 in fp32 on two
-# cores, 1.0e12 and 0.16e12 on one. AVX512-BF16 doubles the fp32 rate (Intel, AMD); the others are estimates.
-CPU_CORE_RATE = {"amx": 1.0e12, "avx512_bf16": 0.25e12, "fp32": 0.16e12, "fp32_without_avx512": 0.08e12}
-# One core with torch 2.13: product of two tensors that stay in its caches, and of two that are allocated anew.
-_CPU_CORE_MEMORY, _CPU_CORE_FRESH, _CPU_MEMORY = 40e9, 7e9, 40e9
+# cores, 1.0e12 and 0.16e12 on one; AVX512-BF16 on an AMD EPYC of the fifth generation, which computes twice as wide as
+# the fourth: 1.0e12 in bf16 on two cores, 0.5e12 on one. The last is an estimate.
+CPU_CORE_RATE = {"amx": 1.0e12, "avx512_bf16": 0.5e12, "fp32": 0.16e12, "fp32_without_avx512": 0.08e12}
+# One core with torch 2.13: product of two tensors that stay in its caches (AMX; that EPYC), and of two that are
+# allocated anew.
+_CPU_CORE_MEMORY, _VECTOR_CORE_MEMORY, _CPU_CORE_FRESH, _CPU_MEMORY = 40e9, 180e9, 7e9, 40e9
 # A small operation launched by torch 2.13: 0.85 microseconds on that CPU; an accelerator's, about 6 (estimate).
 _CPU_OP_SECONDS, _ACCELERATOR_OP_SECONDS = 1e-6, 6e-6
 _DISK = 300e6  # estimate: a solid-state disk that is not new, synchronised
@@ -155,7 +157,7 @@ def _cpu_speed(cpu: Cpu, threads: int) -> Speed:
     return Speed(
         threads=threads,
         matmul={"bf16": bf16_core_rate(cpu) * threads, "fp32": fp32_core_rate(cpu) * threads},
-        memory_bytes_per_second=_CPU_CORE_MEMORY * threads,
+        memory_bytes_per_second=(_VECTOR_CORE_MEMORY if cpu.vector_bf16 else _CPU_CORE_MEMORY) * threads,
         fresh_bytes_per_second=min(_CPU_CORE_FRESH * threads, _CPU_MEMORY),
     )
 

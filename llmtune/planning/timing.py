@@ -1,7 +1,7 @@
 """Closed-form prediction of time: the arithmetic and the traffic of one update over the rates of this machine.
 
 Rates are those measured on the machine (``llmtune doctor``, or the start of a training) where there are any, else those
-of data sheets. What one update costs of each was fitted on a CPU, see ``CPU``.
+of data sheets. What one update costs of each was fitted on two CPUs, see `costs_of`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from llmtune.hardware import DeviceChoice, Hardware, Rates, Speed, nominal_rates
 from llmtune.models import ModelSpec
 from llmtune.planning.memory import BYTES_PER_VALUE, Footprint, paths_of
-from llmtune.planning.passes import ACCELERATOR, CPU, Pace, forward_pass, optimizer_seconds, training_pass
+from llmtune.planning.passes import Pace, costs_of, forward_pass, optimizer_seconds, training_pass
 
 # A CPU's kernels are compiled for every new number of tokens in a pass, and widths are multiples of eight. Measured on
 # one AMX core, torch 2.13: 0.03 to 0.04 s with builtin:tiny, 0.06 to 0.11 s with a Llama 576 wide.
@@ -138,7 +138,7 @@ def predict_time(
     pace = Pace(
         speed=_speed(rates, hardware, device, workload, processes),
         op_seconds=rates.op_seconds,
-        costs=CPU if device.type == "cpu" else ACCELERATOR,
+        costs=costs_of(device.type, hardware.cpu),
     )
     adapter_parameters = 0 if footprint.method == "full" else trainable_parameters
     paths = paths_of(spec, footprint, on_cpu=device.type == "cpu")

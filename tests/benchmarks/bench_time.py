@@ -76,13 +76,13 @@ def update_seconds(case: Mapping[str, Any], root: Path, costs: Any = None) -> fl
     from llmtune import FineTuner
     from llmtune.planning import timing
 
-    before = timing.CPU
-    timing.CPU = costs or before
+    before = timing.costs_of
+    timing.costs_of = before if costs is None else lambda *_: costs
     try:
         with tempfile.TemporaryDirectory(dir=root) as output:
             return FineTuner(**settings_of(dict(case), root, Path(output) / "run")).plan().time.step_seconds
     finally:
-        timing.CPU = before
+        timing.costs_of = before
 
 
 def measured(case: dict[str, Any], root: Path) -> dict[str, Any]:
@@ -94,10 +94,12 @@ def measured(case: dict[str, Any], root: Path) -> dict[str, Any]:
 
 def fitted(found: Sequence[Mapping[str, Any]], root: Path) -> dict[str, float]:
     """Costs with which predicted over measured has the least squares from 1; none below nothing."""
-    from llmtune.planning.passes import CPU
+    from llmtune.hardware import detect
+    from llmtune.planning.passes import costs_of
 
-    names = [field.name for field in fields(CPU) if field.name not in (*HELD, "overlaps")]
-    nothing = replace(CPU, **dict.fromkeys(names, 0.0))
+    now = costs_of("cpu", detect().cpu)
+    names = [field.name for field in fields(now) if field.name not in (*HELD, "overlaps")]
+    nothing = replace(now, **dict.fromkeys(names, 0.0))
     cases = [one["case"] for one in found]
     base = np.array([update_seconds(case, root, nothing) for case in cases])
     parts = np.array([[update_seconds(c, root, replace(nothing, **{n: 1.0})) for n in names] for c in cases])

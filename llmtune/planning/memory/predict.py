@@ -52,7 +52,9 @@ def predict_memory(
     }
     tensor_peak = sum(terms.values())
     terms["allocator"] = round(
-        found.slack(tensor_peak, holes=holes) if on_cpu else CUDA_ALLOCATOR_SHARE * (tensor_peak - terms["weights"])
+        found.slack(tensor_peak, loading=terms.get("loading", 0), holes=holes)
+        if on_cpu
+        else CUDA_ALLOCATOR_SHARE * (tensor_peak - terms["weights"])
     )
     terms |= {"interpreter": INTERPRETER_BYTES} if on_cpu else {"context": CUDA_CONTEXT_BYTES}
     if on_cpu and (kernels := round(kernel_bytes(spec, footprint))):
@@ -95,9 +97,9 @@ class _Prediction:
         name, most = max(("loading", self._there.loading), ("evaluation", evaluation), key=lambda part: part[1])
         self.terms[name] = max(0.0, most - training)
 
-    def slack(self, tensor_peak: float, *, holes: bool) -> float:
-        """Bytes that are resident beside ``tensor_peak`` on a CPU."""
-        return heap_slack(self._run, self._footprint, self._there, tensor_peak, holes=holes)
+    def slack(self, tensor_peak: float, *, loading: float, holes: bool) -> float:
+        """Bytes that are resident beside ``tensor_peak`` on a CPU; ``loading`` of it are freed before the training."""
+        return heap_slack(self._run, self._footprint, self._there, tensor_peak, loading=loading, holes=holes)
 
     def _in_pass(self, split: float) -> dict[str, float]:
         moment = self._run.peak()

@@ -33,18 +33,20 @@ class Gaps:
         most_of_passed: The most of it, as a share of the tensors alive at the peak: of large models less goes through
             the heap.
         of_converted: Share of the file, where weights were converted while loading.
+        at_loading: Bytes beside the tensors while weights are converted: no kernel is compiled yet.
     """
 
     least: int
     of_passed: float
     most_of_passed: float
     of_converted: float
+    at_loading: int
 
 
-TIGHT = Gaps(least=110 * MIB, of_passed=0.10, most_of_passed=0.13, of_converted=0.3)
+TIGHT = Gaps(least=110 * MIB, of_passed=0.10, most_of_passed=0.13, of_converted=0.3, at_loading=70 * MIB)
 # Fitted to 37 of those runs, lora and qlora, as a program of Python that uses llmtune makes them; see `llmtune.heap`.
 # Predicted within -5 and +18 %.
-WITH_HOLES = Gaps(least=210 * MIB, of_passed=0.27, most_of_passed=0.35, of_converted=0.4)
+WITH_HOLES = Gaps(least=210 * MIB, of_passed=0.27, most_of_passed=0.35, of_converted=0.4, at_loading=110 * MIB)
 
 
 def kernel_bytes(spec: ModelSpec, footprint: Footprint) -> float:
@@ -60,8 +62,13 @@ def kernel_bytes(spec: ModelSpec, footprint: Footprint) -> float:
     return new * (share * KERNEL_BYTES.get(footprint.precision, 0) + (1 - share) * KERNEL_BYTES["fp32"])
 
 
-def heap_slack(run: PassSimulation, footprint: Footprint, there: Standing, tensor_peak: float, *, holes: bool) -> float:
-    """Bytes that are resident beside the interpreter and the tensors alive at the peak."""
+def heap_slack(
+    run: PassSimulation, footprint: Footprint, there: Standing, tensor_peak: float, *, loading: float, holes: bool
+) -> float:
+    """Bytes that are resident beside the interpreter and the tensors alive at the peak.
+
+    ``loading`` of these are freed before the training begins: what it needs beside its tensors comes in their place.
+    """
     # Of tensors too large for the heap as much counts as fits: those of smaller passes were in it.
     logits = sum(max(0.0, size - HEAP_BLOCK_BYTES) for size in run.logits)
     embeddings = max(0.0, run.embedding_gradients - 2 * HEAP_BLOCK_BYTES)
@@ -70,7 +77,8 @@ def heap_slack(run: PassSimulation, footprint: Footprint, there: Standing, tenso
         moment.total - min(moment.gradients, embeddings) - (logits if moment.logits else 0.0) for moment in run.moments
     )
     mapped = there.weights + there.adapter + there.optimizer + max(logits, embeddings + work)
-    gaps = WITH_HOLES if holes else TIGHT
+    gaps, training = WITH_HOLES if holes else TIGHT, tensor_peak - loading
     converted = max(0, there.loading - there.weights)
-    between = min(gaps.of_passed * run.passed, gaps.most_of_passed * tensor_peak) + gaps.of_converted * converted
-    return max(0.0, mapped + in_heap - tensor_peak) + between + gaps.least
+    between = min(gaps.of_passed * run.passed, gaps.most_of_passed * training) + gaps.of_converted * converted
+    trained = max(training, mapped + in_heap) + between + gaps.least
+    return max(trained, tensor_peak + gaps.at_loading) - tensor_peak
