@@ -212,14 +212,17 @@ REAL = (
 
 
 @pytest.mark.usefixtures("_seen_by_torch")
+@pytest.mark.parametrize("vector", [False, True], ids=["amx", "vector"])
 @pytest.mark.parametrize(
     ("kind", "way"), REAL, ids=lambda part: part if isinstance(part, str) else "-".join(map(str, part.values()))
 )
-def test_a_pass_takes_what_was_predicted(kind, way):
+def test_a_pass_takes_what_was_predicted(kind, way, vector, monkeypatch):
     import torch
     from transformers import AutoConfig
 
-    from llmtune.kernels import attach_kernels
+    from llmtune.kernels import attach_kernels, cpu_attention
+
+    monkeypatch.setattr(cpu_attention, "_vector_bf16", lambda: vector)
 
     # A small vocabulary, so that the peak lies in the layers and not always at the loss.
     small = {"num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 384, "vocab_size": 64}
@@ -227,7 +230,7 @@ def test_a_pass_takes_what_was_predicted(kind, way):
     spec = read_spec(location_of(config), kind)
     rows, width = way.get("rows", 4), way.get("width", 128)
     asked = {name: value for name, value in way.items() if name not in ("rows", "width")}
-    how = footprint(**asked, tokens=rows * width, width=width, targets=("all-linear",))
+    how = footprint(**asked, tokens=rows * width, width=width, targets=("all-linear",), vector_bf16=vector)
     model, autocast = on_meta(config, how)
     model = model.to_empty(device="cpu")
     for tensor in (*model.parameters(), *model.buffers()):

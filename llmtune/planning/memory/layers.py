@@ -215,8 +215,9 @@ class Pass:
             [x], x.size, item, forward_work=1.5 * size, backward_work=2 * size + (item - x.item) * x.size
         )
 
-    def _attend(self, q: Value, k: Value, v: Value) -> Value:
-        shape = self._shape
+    def _attend(self, q: Value, k: Value, v: Value, *holds: Value, beside: float = 0.0) -> Value:
+        """``holds`` and ``beside`` bytes more are alive while it runs forward: the caller has names for them."""
+        shape, given = self._shape, (q, k, v)
         masked = self._paths.masked
         if masked and shape.heads > shape.kv_heads:
             # Grouped heads without copies are for calls without a mask.
@@ -235,7 +236,8 @@ class Pass:
             q.item,
             saved=[q, k, v, *kept],
             saves_output=True,
-            forward_work=work,
+            holds=[*given, *holds],
+            forward_work=work + beside,
             backward_work=back,
         )
         ours = self._paths.starts_in_blocks or (self._footprint.packed and not masked)
@@ -286,8 +288,9 @@ class Pass:
         shape = self._shape
         h = self._layer_norm(x, shape.hidden)
         q, k, v = self._heads(h)
-        q, k = self._rope(q, 0.5), self._rope(k, 0.5)
-        attended = self._drop(self.linear("dense", self._attend(q, k, v)))
+        rotated = [self._rope(x, 0.5) for x in (q, k)]
+        halves = sum(x.num_bytes / 2 for x in rotated)  # rotated, and named as what they were halves of
+        attended = self._drop(self.linear("dense", self._attend(*rotated, v, q, k, beside=halves)))
         fed = self._drop(self.linear("fc2", self._gelu_new(self.linear("fc1", h))))
         return self._add(self._add(attended, fed), x, h, attended, fed)
 

@@ -241,10 +241,12 @@ def forward_blocks_bytes(spec: ModelSpec, footprint: Footprint, item: int) -> fl
     """What its forward pass in blocks needs beside inputs, output and the logarithms that are kept."""
     some = _Blocks.of(spec, footprint)
     there = float(item) * footprint.tokens * spec.shape.kv_heads * some.wide
-    # Keys and values in one piece; queries with and without two columns; weighted values, divided in fp32.
-    keys = 2 * item * some.batch * some.width * some.head
-    queries = some.queries * (item * (some.width + some.head + some.wide) + (item + 4) * some.head)
-    return there + keys + queries
+    # Values in one piece; queries and scores; and the most of: scores in fp32 that are added up, queries with two
+    # columns more, and weighted values before and after they are divided in fp32.
+    values = item * some.batch * some.width * some.head
+    most = max(4 * some.width, item * some.wide, (item + 4) * some.head)
+    queries = some.queries * (item * (some.width + some.head) + most)
+    return there + values + queries
 
 
 def logit_tensors(spec: ModelSpec, footprint: Footprint, *, on_cpu: bool) -> tuple[float, ...]:
