@@ -233,7 +233,7 @@ def test_outputs_and_gradients_in_blocks(
     """bf16 keeps eight bits: 2 ** -8 is one rounding. The bound is five of them, for a chain of six."""
     bounds = tuple(accumulate(lengths, initial=0))
     states = states_of(rows, *heads, bounds[-1], width, torch.bfloat16)
-    assert cpu_attention.goes_in_blocks(states[0], states[1], bounds)
+    assert cpu_attention.backward_in_blocks(states[0], states[1], bounds)
     with cut_small(block, scores), cpu(amx=amx):
         mine = ours(states, width**-0.5, bounds)
     assert max(errors(mine, reference(states, width**-0.5, bounds))) < 5 * 2**-8

@@ -132,8 +132,8 @@ def test_a_dense_mask_is_for_what_no_kernel_takes(where, how, masked):
 def test_which_passes_of_attention_go_in_blocks(how, forward, backward):
     """Of 32 heads over eight."""
     found = paths.paths_of(SEVEN_B, footprint(**({"vector_bf16": True} | how)), on_cpu=True)
-    assert (found.starts_in_blocks, found.blocks) == (forward, backward)
-    assert not paths.paths_of(SEVEN_B, footprint(**({"vector_bf16": True} | how)), on_cpu=False).blocks
+    assert (found.forward_in_blocks, found.backward_in_blocks) == (forward, backward)
+    assert not paths.paths_of(SEVEN_B, footprint(**({"vector_bf16": True} | how)), on_cpu=False).backward_in_blocks
 
 
 def test_while_weights_are_converted_no_kernel_is_there_yet():

@@ -22,9 +22,9 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from llmtune.kernels.cpu_attention import (
     CausalAttention,
+    backward_in_blocks,
     document_by_document,
-    goes_in_blocks,
-    starts_in_blocks,
+    forward_in_blocks,
     takes,
 )
 from llmtune.kernels.documents import Documents
@@ -182,8 +182,8 @@ def attend(
             if documents is not None:
                 return document_by_document(*states, scale, documents), None
             bounds = (0, query.shape[2])
-            backward = _needs_gradient(*states) and goes_in_blocks(*states[:2], bounds)
-            if backward or starts_in_blocks(states[0]):
+            backward = _needs_gradient(*states) and backward_in_blocks(*states[:2], bounds)
+            if backward or forward_in_blocks(states[0]):
                 mixed: torch.Tensor = CausalAttention.apply(*states, scale, bounds)  # type: ignore[no-untyped-call]
                 return mixed.transpose(1, 2).contiguous(), None
         elif documents is not None and _suits_varlen(*states):

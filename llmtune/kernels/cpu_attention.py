@@ -60,7 +60,7 @@ class CausalAttention(torch.autograd.Function):
 
     Takes ``query`` float [batch, heads, seq, head_dim], ``key`` and ``value`` float [batch, key heads, seq, head_dim],
     the factor of the scores, and the bounds of the documents (`Documents.bounds`), the same for every row. Where
-    `starts_in_blocks` says no, torch's flash kernel goes forward; where `goes_in_blocks` does, it goes backward.
+    `forward_in_blocks` says no, torch's flash kernel goes forward; where `backward_in_blocks` does, it goes backward.
     """
 
     @staticmethod
@@ -85,7 +85,7 @@ class CausalAttention(torch.autograd.Function):
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         """Gradients of the three tensors."""
         query, key, value, output, logs = ctx.saved_tensors
-        if goes_in_blocks(query, key, ctx.bounds):
+        if backward_in_blocks(query, key, ctx.bounds):
             return *_blocks_backward(gradient, query, key, value, output, logs, ctx.scale, ctx.bounds), None, None
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         gradients = _empty_like(query), _empty_like(key), _empty_like(value)
@@ -96,13 +96,13 @@ class CausalAttention(torch.autograd.Function):
         return *gradients, None, None
 
 
-def goes_in_blocks(query: torch.Tensor, key: torch.Tensor, bounds: tuple[int, ...]) -> bool:
+def backward_in_blocks(query: torch.Tensor, key: torch.Tensor, bounds: tuple[int, ...]) -> bool:
     """Whether blocks of products go backward faster than torch's kernel: in bf16, with AMX up to a length."""
     most = _LONGEST if query.shape[1] > key.shape[1] else _LONGEST // 2
     return query.dtype == torch.bfloat16 and (_vector_bf16() or _longest(bounds) <= most)
 
 
-def starts_in_blocks(query: torch.Tensor) -> bool:
+def forward_in_blocks(query: torch.Tensor) -> bool:
     """Whether they go forward faster with a document's ``query``: in bf16 without AMX, if it is not short."""
     rows, heads, tokens, _ = query.shape
     enough = tokens >= _SHORTEST and rows * heads * tokens >= _FEWEST
@@ -130,7 +130,7 @@ def _forward(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weighted values of a document, and the logarithm of each query's sum: fp32 [batch, heads, seq]."""
-    if starts_in_blocks(query):
+    if forward_in_blocks(query):
         return _blocks_forward(query, key, value, scale)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     output, logs = flash(query, key, value, 0.0, True, scale=scale)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmtune.hardware import Cpu, Speed
 from llmtune.models import ModelSpec
@@ -63,18 +63,15 @@ AMX_CPU = Costs(
 # The same 25 updates on two cores of an AMD EPYC of the fifth generation (AVX512-BF16, no AMX), whose tensors in caches
 # are read five times as fast. Rates: 1.0e12 FLOP/s bf16, 0.22e12 fp32, 330e9 and 19e9 bytes/s, 0.8e-6 s per operation.
 # Predicted over measured: 0.93 to 1.26, 24 of 25 within 25 %, rates measured anew.
-VECTOR_CPU = Costs(
+VECTOR_CPU = replace(
+    AMX_CPU,
     value=207,
-    adapter=10,
     peft_adapter=937,
     dropout=22,
     logit=46,
     cast=13,
     unpacking=2220,
-    optimizer=40,
     launches=11,
-    weight_gradient=2.0,
-    overlaps=False,
 )
 # Counted from what the kernels read and write, not measured. With these a LoRA of an 8B model on one H100 comes to
 # about 10,000 tokens/s at 4,096 tokens; NeMo AutoModel publishes 12,473 with kernels of its own.
@@ -91,7 +88,6 @@ ACCELERATOR = Costs(
     weight_gradient=1.0,
     overlaps=True,
 )
-
 # Share of traffic and launches that belongs to the forward pass; evaluations of the same models took 0.26 to 0.47.
 FORWARD_SHARE = 0.37
 # Operations of one decoder layer, forward and backward, and of one adapted module in it. Counts of a Llama.

@@ -1,7 +1,7 @@
 """How far the predicted memory and time of a run are from what the run really takes, on a CPU.
 
     python tests/benchmarks/bench_memory.py                      # all cases, about 20 minutes on two cores
-    python tests/benchmarks/bench_memory.py --cases 6            # every eighth
+    python tests/benchmarks/bench_memory.py --cases 6            # every ninth
     python tests/benchmarks/bench_memory.py --only qwen --no-rss # those named so, tensors alone
 
 Models of 20 to 300 million parameters with random weights. This process asks ``FineTuner.plan()`` for each case; the

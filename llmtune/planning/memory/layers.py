@@ -16,7 +16,7 @@ from llmtune.models import LinearModule, ModelSpec
 from llmtune.planning.memory.estimate import Footprint
 from llmtune.planning.memory.paths import (
     arithmetic_of,
-    blocks_bytes,
+    backward_blocks_bytes,
     forward_blocks_bytes,
     loss_workspace,
     mask_width,
@@ -228,8 +228,8 @@ class Pass:
         if masked:
             # The boolean mask as numbers of the queries' type, made anew in every layer.
             kept.append(Value(self._tokens * mask_width(self._footprint), q.item, gradient=False))
-        back = blocks_bytes(self._spec, self._footprint, q.item) if self._paths.blocks else 0.0
-        work = forward_blocks_bytes(self._spec, self._footprint, q.item) if self._paths.starts_in_blocks else 0.0
+        back = backward_blocks_bytes(self._spec, self._footprint, q.item) if self._paths.backward_in_blocks else 0.0
+        work = forward_blocks_bytes(self._spec, self._footprint, q.item) if self._paths.forward_in_blocks else 0.0
         out = self.tape.add(
             [q, k, v],
             q.size,
@@ -240,7 +240,7 @@ class Pass:
             forward_work=work + beside,
             backward_work=back,
         )
-        ours = self._paths.starts_in_blocks or (self._footprint.packed and not masked)
+        ours = self._paths.forward_in_blocks or (self._footprint.packed and not masked)
         if ours or not (self._on_cpu and self._spec.architecture in PARTLY_ROTATED):
             return out
         # Torch's output lies as the queries do: put together anew, head by head, so that it has to be copied.

@@ -81,16 +81,16 @@ class Paths:
         loss: The loss, in chunks of logits.
         adapters: Adapters on plain linear layers, in the base's precision.
         norms: RMSNorms of the residual stream, in blocks of rows (on a CPU).
-        blocks: The backward pass of attention, in blocks of products (on a CPU).
-        starts_in_blocks: Its forward pass, likewise.
+        backward_in_blocks: The backward pass of attention, in blocks of products (on a CPU).
+        forward_in_blocks: Its forward pass, likewise.
         masked: Whether attention gets a dense mask.
     """
 
     loss: bool
     adapters: bool
     norms: bool
-    blocks: bool
-    starts_in_blocks: bool
+    backward_in_blocks: bool
+    forward_in_blocks: bool
     masked: bool
 
 
@@ -109,8 +109,8 @@ def paths_of(spec: ModelSpec, footprint: Footprint, *, on_cpu: bool) -> Paths:
         loss=whole and (traced is None or traced.plain_loss),
         adapters=whole and adapts and (traced is None or traced.plain_linears),
         norms=whole and on_cpu and norm_is_ours(footprint, spec.shape.hidden, arithmetic_of(footprint).stream),
-        blocks=in_blocks and _goes_in_blocks(spec, footprint),
-        starts_in_blocks=in_blocks and _starts_in_blocks(spec, footprint),
+        backward_in_blocks=in_blocks and _backward_in_blocks(spec, footprint),
+        forward_in_blocks=in_blocks and _forward_in_blocks(spec, footprint),
         masked=masked,
     )
 
@@ -153,12 +153,12 @@ def _bf16_attention(footprint: Footprint) -> bool:
     return footprint.precision == "bf16" and arithmetic_of(footprint).attention == 2
 
 
-def _goes_in_blocks(spec: ModelSpec, footprint: Footprint) -> bool:
+def _backward_in_blocks(spec: ModelSpec, footprint: Footprint) -> bool:
     shared = spec.shape.heads > spec.shape.kv_heads
     return footprint.vector_bf16 or footprint.width <= (LONGEST if shared else LONGEST // 2)
 
 
-def _starts_in_blocks(spec: ModelSpec, footprint: Footprint) -> bool:
+def _forward_in_blocks(spec: ModelSpec, footprint: Footprint) -> bool:
     queries = spec.shape.heads * (footprint.width if footprint.packed else footprint.tokens)
     return footprint.vector_bf16 and footprint.width >= SHORTEST and queries >= FEWEST_QUERIES
 
@@ -189,6 +189,7 @@ class _Blocks:
 
     @classmethod
     def of(cls, spec: ModelSpec, footprint: Footprint) -> _Blocks:
+        """As ``kernels.cpu_attention`` cuts them."""
         shape, width = spec.shape, footprint.width
         rows = 1 if footprint.packed else max(1, footprint.tokens // width)
         group = shape.heads // shape.kv_heads
@@ -218,7 +219,7 @@ class _Blocks:
         return self.batch * self.group * self.size
 
 
-def blocks_bytes(spec: ModelSpec, footprint: Footprint, item: int) -> float:
+def backward_blocks_bytes(spec: ModelSpec, footprint: Footprint, item: int) -> float:
     """What the backward pass of attention in blocks needs beside its inputs and its gradients."""
     some, tokens, heads = _Blocks.of(spec, footprint), footprint.tokens, spec.shape.heads
     # Queries, gradient, keys and values with two columns more, and the fp32 column that was put last.

@@ -8,7 +8,7 @@ from llmtune.models import LinearModule, ModelSpec
 from llmtune.models.activations import Stage
 from llmtune.planning.memory.estimate import Footprint
 from llmtune.planning.memory.layers import Pass
-from llmtune.planning.memory.paths import arithmetic_of, blocks_bytes, mask_width, paths_of
+from llmtune.planning.memory.paths import arithmetic_of, backward_blocks_bytes, mask_width, paths_of
 from llmtune.planning.memory.tape import Cost, Value
 
 # What a dense mask adds to a layer that was traced without one.
@@ -28,7 +28,9 @@ def traced_costs(spec: ModelSpec, footprint: Footprint, *, on_cpu: bool) -> tupl
         stage, around, has_loss = *_guessed(spec, footprint), False
     if paths.masked and not stage.saved_pair:  # what is traced has none
         stage = replace(stage, **{name: float(arithmetic_of(footprint).attention) for name in MASKED})
-    blocks = blocks_bytes(spec, footprint, arithmetic_of(footprint).attention) if paths.blocks else 0.0
+    blocks = (
+        backward_blocks_bytes(spec, footprint, arithmetic_of(footprint).attention) if paths.backward_in_blocks else 0.0
+    )
     layer = _cost(spec, footprint, stage, blocks=blocks, norms=paths.norms)
     outside = _cost(spec, footprint, around, norms=paths.norms)
     if not has_loss:
