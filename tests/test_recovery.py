@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import json
+import multiprocessing.process
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +42,7 @@ from llmtune.training.recovery import (
     write_failure,
 )
 from llmtune.training.recovery.policy import HEALTHY_UPDATES, LADDERS, MOST_ATTEMPTS
+from llmtune.training.watchdog import surviving
 
 PLAN = make_plan(request_for())
 GIB = 2**30
@@ -208,6 +211,37 @@ def test_a_worker_that_is_really_killed_or_really_runs_out() -> None:
     assert told(raised(lambda: load(_Dies()))).kind == "worker"
     found = told(raised(lambda: load(_Asks())))
     assert (found.kind, found.cause) == ("worker", "memory ran out in a worker of the data loader")
+
+
+class _Gives(torch.utils.data.Dataset[torch.Tensor]):
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.full((16,), index)
+
+
+def test_a_frozen_worker_whose_connection_ends_before_it_counts_as_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel closes its connections first: torch asks at once whether it lives, and hears that it does."""
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "is_alive", lambda process: True)
+    starts: list[Any] = []
+    lost: list[str] = []
+
+    def start() -> Iterator[torch.Tensor]:
+        starts.append(iter(torch.utils.data.DataLoader(_Gives(), batch_size=2, num_workers=1)))
+        return starts[-1]
+
+    items: list[list[int]] = []
+    for item in surviving(start, start, lost.append):
+        items.append(item[:, 0].tolist())
+        if len(items) == 1:
+            assert starts[0]._worker_result_queue._reader.poll(30)  # what was sent has to be fetched from the worker
+            (worker,) = starts[0]._workers
+            os.kill(worker.pid, signal.SIGSTOP)
+            threading.Timer(0.2, worker.kill).start()
+    assert items == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert len(starts) == 2
+    assert lost[0].startswith("a worker of the data loader was killed (")
 
 
 # --- disks ------------------------------------------------------------------------------------------------------------

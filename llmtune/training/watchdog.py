@@ -16,11 +16,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from multiprocessing.process import BaseProcess
-from types import TracebackType
-from typing import Any, TypeVar
+from types import FrameType, TracebackType
+from typing import Any, TypeGuard, TypeVar
 
 import torch
+from torch.utils.data._utils import signal_handling
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llmtune.errors import TrainingError
@@ -235,7 +237,7 @@ def surviving(
         lost: Told what happened, before the loader is started anew.
 
     Raises:
-        RuntimeError: A worker died again, or there is none that could have.
+        RuntimeError, OSError, EOFError: A worker died again, or there is none that could have.
     """
     given = 0
     try:
@@ -243,29 +245,34 @@ def surviving(
             yield item
             given += 1
         return
-    except RuntimeError as error:
-        if not is_lost_worker(error):
+    except (RuntimeError, OSError, EOFError) as error:
+        failure = classify(error, step=0, phase="data")
+        if failure.kind != "worker":
             raise
-        cause = " ".join(str(error).split())
+        cause = " ".join(f"{failure.cause} ({type(error).__name__}: {error})".split())
     lost(cause)
     for number, item in enumerate(_quiet_about_children(start_anew)):
         if number >= given:
             yield item
 
 
-def is_lost_worker(error: BaseException) -> bool:
-    """Whether a data loader says that it lost one of its worker processes."""
-    return classify(error, step=0, phase="data").kind == "worker"
-
-
 def _quiet_about_children(start: Callable[[], Iterator[T]]) -> Iterator[T]:
     """Start a loader so that the death of a worker is told where the next item is fetched.
 
-    torch's own handler of SIGCHLD raises in the main thread wherever that is, be it in the middle of an update.
+    torch's own handler of SIGCHLD, set with the first loader of the process that has workers, raises in the main thread
+    wherever that is, be it in the middle of an update.
     """
-    if threading.current_thread() is not threading.main_thread():
-        return start()
-    before = signal.getsignal(signal.SIGCHLD)
     items = start()
-    signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+    raises = signal.getsignal(signal.SIGCHLD)
+    if threading.current_thread() is threading.main_thread() and _is_of_torch(raises):
+
+        def quiet(number: int, frame: FrameType | None) -> None:
+            with suppress(RuntimeError):
+                raises(number, frame)
+
+        signal.signal(signal.SIGCHLD, quiet)
     return items
+
+
+def _is_of_torch(handler: Any) -> TypeGuard[Callable[[int, FrameType | None], Any]]:
+    return getattr(handler, "__module__", None) == signal_handling.__name__

@@ -21,7 +21,7 @@ from typing import Any
 from llmtune.errors import CheckpointError, LlmtuneError, OutputError, Preempted, RecoveryExhausted, TrainingError
 from llmtune.training.recovery import signs
 from llmtune.training.recovery.failure import Failure, FailureKind
-from llmtune.training.recovery.origin import Origin, origin_of, raised_at
+from llmtune.training.recovery.origin import Origin, lost_a_worker, origin_of, raised_at
 from llmtune.units import format_bytes
 
 # With less than this on a disk, a write that failed is taken to have failed for want of room (an estimate).
@@ -126,6 +126,9 @@ def _refused(error: LlmtuneError, step: int, phase: str) -> Failure:
 
 def _anywhere(error: BaseException, step: int, phase: str) -> Failure | None:
     text = _text(error)
+    if lost_a_worker(error):
+        lost = signs.WORKER_KILLED
+        return Failure(kind=lost.kind, cause=lost.cause, step=step, evidence=_evidence(error, phase), remedy=lost.check)
     if not _speaks_for_the_machine(error):
         return None
     memory = _memory_of(error)

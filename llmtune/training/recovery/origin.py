@@ -28,6 +28,8 @@ _PHASES = {
     "_load_scaler": "load",
     "call_event": "callback",
 }
+# The function of torch that takes what a worker of a data loader sends.
+_FROM_WORKERS = ("torch.utils.data.dataloader", "_try_get_data")
 # The function of ours that calls the user's metrics.
 _CALLS_METRICS = "user_metrics.<locals>.measure"
 
@@ -72,6 +74,13 @@ def phase_of(error: BaseException) -> str:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     names = [frame.f_code.co_name for frame in frames if _root(frame) in (OURS, "transformers")]
     return next((_PHASES[name] for name in reversed(names) if name in _PHASES), "step")
+
+
+def lost_a_worker(error: BaseException) -> bool:
+    """Whether the connection to a worker of a data loader broke: it is gone, and torch did not see that yet."""
+    frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
+    fetching = any((_module(frame), frame.f_code.co_name) == _FROM_WORKERS for frame in frames)
+    return fetching and isinstance(error, ConnectionError | EOFError)
 
 
 def updates_done(error: BaseException) -> int | None:

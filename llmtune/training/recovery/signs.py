@@ -62,6 +62,13 @@ MEMORY = {
 
 _WORKER = r"DataLoader worker \(pid(?:\(s\))? [\d, ]+\)"
 
+WORKER_KILLED = Sign(
+    kind="worker",
+    cause="a worker of the data loader was killed",
+    texts=_any(rf"{_WORKER} (?:is killed by|exited unexpectedly)", r"Pin memory thread exited unexpectedly"),
+    check="Look into `dmesg` for the kernel's out-of-memory killer, or use --set train.num_workers=0.",
+)
+
 # Found before anything else: these surface wherever the main process happens to be, in a user's callback too.
 ANYWHERE: tuple[Sign, ...] = (
     Sign(
@@ -70,12 +77,7 @@ ANYWHERE: tuple[Sign, ...] = (
         texts=_any(r"out of shared memory", rf"{_WORKER} is killed by signal: Bus error"),
         check="Enlarge /dev/shm (docker run --shm-size=8g), or use --set train.num_workers=0.",
     ),
-    Sign(
-        kind="worker",
-        cause="a worker of the data loader was killed",
-        texts=_any(rf"{_WORKER} (?:is killed by|exited unexpectedly)", r"Pin memory thread exited unexpectedly"),
-        check="Look into `dmesg` for the kernel's out-of-memory killer, or use --set train.num_workers=0.",
-    ),
+    WORKER_KILLED,
     Sign(
         kind="worker",
         cause="too many open files",
