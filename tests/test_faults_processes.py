@@ -308,7 +308,7 @@ def test_fault_52_a_loader_worker_is_killed(place: Path, how: Any, whole: Path) 
 
 
 def test_fault_53_the_loader_hangs(place: Path, how: Any, whole: Path) -> None:
-    """Its workers are frozen: the loader is started again in place, once. They freeze again: the process ends."""
+    """Its workers are frozen: the loader is started again in place, once."""
     asked = how("loader", num_workers=1) | {"recover.hang_seconds": 30}  # a worker that starts anew is no hang
     code, err = ended(drive(place, asked, "loader", step=2))
     run = RunDirectory.open(place / "loader")

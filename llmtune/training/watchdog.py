@@ -30,6 +30,7 @@ from llmtune.hardware.processes import is_supervised
 from llmtune.runs import RunDirectory
 from llmtune.runs.heartbeat import Heartbeat
 from llmtune.training.recovery import classify, write_failure
+from llmtune.training.recovery.origin import LOADER
 
 T = TypeVar("T")
 
@@ -38,8 +39,6 @@ T = TypeVar("T")
 LOOK_SECONDS = 1.0
 # Reports are written to a disk that may hang too; after so long the process ends without them.
 REPORT_SECONDS = 20.0
-# Where a process is that waits for its loader and its workers.
-LOADER_FILE = os.path.join("torch", "utils", "data", "dataloader.py")
 
 
 class Watchdog(TrainerCallback):
@@ -163,7 +162,7 @@ class Watchdog(TrainerCallback):
     def _kill_loader(self) -> bool:
         """Kill the loader's workers if training waits for them; `surviving` starts the loader again."""
         workers = _workers()
-        if not workers or not _is_in(self._trained_by, LOADER_FILE):
+        if not workers or not _is_in(self._trained_by, LOADER):
             return False
         self._loader_killed = True
         cause = f"no data came from {len(workers)} loader workers for {self._seconds:g} seconds; they are killed"
@@ -186,7 +185,7 @@ class Watchdog(TrainerCallback):
 
     def _report(self, message: str) -> None:
         run = self._run
-        where = "loader" if _is_in(self._trained_by, LOADER_FILE) else "step"
+        where = "loader" if _is_in(self._trained_by, LOADER) else "step"
         facts = {"seconds": self._seconds, "step": self._step, "rank": self._rank, "where": where}
         remedy = f"llmtune resume {run.path} goes on from the newest checkpoint; --restarts N does so by itself"
         error = TrainingError(message)
@@ -205,11 +204,11 @@ def _workers() -> list[BaseProcess]:
     return [child for child in multiprocessing.active_children() if child.daemon]
 
 
-def _is_in(thread: int, file: str) -> bool:
-    """Whether a thread is executing something in, or called from, a file whose path ends in ``file``."""
+def _is_in(thread: int, module: str) -> bool:
+    """Whether a thread is executing something in, or called from, ``module``."""
     frame = sys._current_frames().get(thread)
     while frame is not None:
-        if frame.f_code.co_filename.endswith(file):
+        if frame.f_globals.get("__name__") == module:
             return True
         frame = frame.f_back
     return False
@@ -263,12 +262,12 @@ def _quiet_about_children(start: Callable[[], Iterator[T]]) -> Iterator[T]:
     wherever that is, be it in the middle of an update.
     """
     items = start()
-    raises = signal.getsignal(signal.SIGCHLD)
-    if threading.current_thread() is threading.main_thread() and _is_of_torch(raises):
+    handler = signal.getsignal(signal.SIGCHLD)
+    if threading.current_thread() is threading.main_thread() and _is_of_torch(handler):
 
         def quiet(number: int, frame: FrameType | None) -> None:
             with suppress(RuntimeError):
-                raises(number, frame)
+                handler(number, frame)
 
         signal.signal(signal.SIGCHLD, quiet)
     return items

@@ -28,8 +28,8 @@ _PHASES = {
     "_load_scaler": "load",
     "call_event": "callback",
 }
-# The function of torch that takes what a worker of a data loader sends.
-_FROM_WORKERS = ("torch.utils.data.dataloader", "_try_get_data")
+# Where a process is that waits for its loader, and the function there that takes what a worker sends.
+LOADER, _FROM_WORKERS = "torch.utils.data.dataloader", "_try_get_data"
 # The function of ours that calls the user's metrics.
 _CALLS_METRICS = "user_metrics.<locals>.measure"
 
@@ -79,7 +79,7 @@ def phase_of(error: BaseException) -> str:
 def lost_a_worker(error: BaseException) -> bool:
     """Whether the connection to a worker of a data loader broke: it is gone, and torch did not see that yet."""
     frames = (frame for frame, _ in traceback.walk_tb(error.__traceback__))
-    fetching = any((_module(frame), frame.f_code.co_name) == _FROM_WORKERS for frame in frames)
+    fetching = any((_module(frame), frame.f_code.co_name) == (LOADER, _FROM_WORKERS) for frame in frames)
     return fetching and isinstance(error, ConnectionError | EOFError)
 
 
