@@ -50,6 +50,15 @@ def limit() -> Iterator[Any]:
         yield make
 
 
+@pytest.fixture
+def matmul() -> Iterator[Any]:
+    """torch's settings of matrix products on NVIDIA GPUs; fp32 ones in fp32 again after the test."""
+    import torch
+
+    yield torch.backends.cuda.matmul
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
 _fault_outcomes: dict[int, set[str]] = {}
 
 

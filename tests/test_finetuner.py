@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import TrainerCallback
 from tuning import ROWS, events, settings, tune
 
 from llmtune import FineTuner, Hardware
@@ -87,6 +88,37 @@ def test_evaluate_generate_and_a_verdict(family_model: Model, tmp_path: Path) ->
     assert "better than its base" in verdict.text
     answer = tuner.generate("Who keeps lamp 3?", max_new_tokens=5)
     assert answer == tuner.generate([{"role": "user", "content": "Who keeps lamp 3?"}], max_new_tokens=5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_a_run_and_its_evaluation_compute_in_tf32_only_where_it_was_asked_for(
+    family_model: Model, tmp_path: Path, matmul: Any, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    from llmtune import evaluation
+
+    score, seen = evaluation.score, []
+
+    class Modes(TrainerCallback):
+        def on_train_begin(self, *args: Any, model: Any, **_: Any) -> None:
+            model.register_forward_hook(lambda *_: seen.append(matmul.fp32_precision))
+
+    def noted(*args: Any, **how: Any) -> Any:
+        seen.append(matmul.fp32_precision)
+        return score(*args, **how)
+
+    # A CPU has no TF32; it takes the setting, and computes in fp32.
+    monkeypatch.setattr("llmtune.planning.checks._precision_problems", lambda _: [])
+    matmul.allow_tf32 = before = precision == "fp32"  # the opposite of what the run asks for
+    how = settings(family_model("llama"), tmp_path / "run", precision=precision, epochs=1)
+    tuner = FineTuner(ROWS, callbacks=[Modes()], **how)
+    result = tuner.train()
+    passes = len(seen)
+    monkeypatch.setattr(evaluation, "score", noted)
+    assert tuner.evaluate().loss == pytest.approx(result.metrics["eval_loss"], abs=1e-6)
+    assert passes
+    assert len(seen) == passes + 2
+    assert set(seen) == {"tf32" if precision == "tf32" else "ieee"}
+    assert matmul.allow_tf32 == before
 
 
 def test_a_finished_run_is_evaluated_on_other_data_from_outside(family_model: Model, tmp_path: Path) -> None:

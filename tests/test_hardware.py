@@ -4,7 +4,7 @@ import json
 import math
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +30,7 @@ from llmtune.hardware import (
     measure_rates,
     nominal_rates,
     note_rates,
+    tf32_products,
     with_rates,
 )
 from llmtune.hardware.cgroup import CgroupLimits, read_limits
@@ -38,7 +39,7 @@ from llmtune.hardware.detection import free_disk_bytes
 from llmtune.hardware.doctor import machine_problems, rate_problems, version_problems
 from llmtune.hardware.nvidia import as_torch_numbers, driver_serves, nvml_cards, smi_cards, visible_devices
 from llmtune.hardware.presence import kinds_built, kinds_present
-from llmtune.hardware.rates import CACHE_FILE, disk_write_rate
+from llmtune.hardware.rates import CACHE_FILE, _matmul_rate, disk_write_rate
 from llmtune.units import GIB
 
 CPU = Cpu(model="Intel(R) Xeon(R) Processor", physical_cores=2, usable_cores=2, amx=True, avx512_bf16=True)
@@ -92,7 +93,7 @@ rate = st.floats(min_value=1e-9, max_value=1e18)
 speeds = st.builds(
     Speed,
     threads=st.integers(1, 512),
-    matmul=st.dictionaries(st.sampled_from(["bf16", "fp16", "fp32"]), rate),
+    matmul=st.dictionaries(st.sampled_from(["bf16", "fp16", "tf32", "fp32"]), rate),
     memory_bytes_per_second=rate,
     fresh_bytes_per_second=rate,
 )
@@ -571,6 +572,34 @@ def test_measuring_gives_every_precision_and_leaves_nothing_behind(tmp_path: Pat
     assert Hardware.from_json(replace(hardware, rates=found).to_json()).rates == found
 
 
+@pytest.mark.parametrize("before", ["none", "ieee", "tf32"])
+def test_tf32_is_on_only_inside_and_as_it_was_afterwards(before: str, matmul: Any) -> None:
+    matmul.fp32_precision = before
+    for wanted in (True, False, True):  # as often as a process trains
+        with tf32_products(wanted):
+            assert matmul.fp32_precision == ("tf32" if wanted else "ieee")
+            assert matmul.allow_tf32 == wanted  # the older of torch's two names agrees and can be read
+        assert (matmul.fp32_precision == "tf32") == (before == "tf32")
+    with pytest.raises(ZeroDivisionError), tf32_products(before != "tf32"):
+        raise ZeroDivisionError
+    assert matmul.allow_tf32 == (before == "tf32")
+
+
+def test_the_rate_of_tf32_is_that_of_fp32_numbers_in_tf32(matmul: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    seen = []
+
+    def best_seconds(work: Callable[[], torch.Tensor], _device: str) -> float:
+        seen.append((work().dtype, matmul.fp32_precision))
+        return 1.0
+
+    monkeypatch.setattr("llmtune.hardware.rates._best_seconds", best_seconds)
+    for precision in ("tf32", "fp32", "tf32"):
+        assert _matmul_rate(precision, "cpu", ((2, 3), (4, 5))) == (2 * 2 * 3 * 3 + 2 * 4 * 5 * 5) / 2
+    assert seen == [(torch.float32, mode) for mode in ("tf32", "tf32", "ieee", "ieee", "tf32", "tf32")]
+
+
 def test_what_was_measured_is_found_again_without_torch(tmp_path: Path) -> None:
     hardware, rates = machine(), measured()
     device = choose_device(hardware)
@@ -630,7 +659,7 @@ def test_what_was_noted_on_a_busy_machine_is_measured_again(
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"[]", b"\xff", b'{"format_version": 99}', b'{"format_version": 1, "rates": 3}']
+    "content", [b"", b"{", b"[]", b"\xff", b'{"format_version": 99}', b'{"format_version": 2, "rates": 3}']
 )
 def test_a_damaged_cache_is_measured_anew(tmp_path: Path, content: bytes) -> None:
     hardware, rates = machine(), measured()

@@ -187,7 +187,11 @@ def test_constant_has_no_warmup():
 
 def test_precisions_that_the_machine_does_not_have():
     assert "a CPU trains in bf16 or fp32" in problems(hardware=machine(), precision="fp16")[0]
-    assert "Tesla T4 has fp16 and fp32" in problems(hardware=T4, precision="bf16")[0]
+    assert "Tesla T4 has fp16, fp32" in problems(hardware=T4, precision="bf16")[0]
+    assert "a CPU trains in bf16 or fp32" in problems(hardware=machine(), precision="tf32")[0]
+    assert "Tesla T4 has fp16, fp32" in problems(hardware=T4, precision="tf32")[0]
+    without = machine(replace(gpu("AMD Instinct MI300X", 192), tf32=False))
+    assert "AMD Instinct MI300X has bf16, fp16, fp32" in problems(hardware=without, precision="tf32")[0]
 
 
 def test_head_and_embedding_may_be_targets():
@@ -219,6 +223,17 @@ def test_a_laptop_with_24_gib():
     assert plan.fits
     assert plan.memory.peak_bytes < 24 * GIB
     assert planned(SEVEN_B, hardware=LAPTOP, method="full").fits is False
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_tf32_takes_the_memory_of_fp32_and_a_time_between(method):
+    how = {"hardware": H200, "method": method, "token_budget": 4096, "activation_checkpointing": False}
+    bf16, tf32, fp32 = (planned(precision=name, **how) for name in ("bf16", "tf32", "fp32"))
+    assert tf32.precision.source == "user"
+    assert not tf32.autocast
+    assert tf32.memory.peak_bytes == fp32.memory.peak_bytes
+    assert bf16.time.total_seconds < tf32.time.total_seconds < fp32.time.total_seconds
+    assert planned(hardware=H200).precision.value == "bf16"
 
 
 def test_a_t4_computes_in_fp16():

@@ -131,7 +131,7 @@ MACHINES = (machine(), machine(rates=measured()), machine("NVIDIA L4"), machine(
 @given(
     hardware=st.sampled_from(MACHINES),
     method=st.sampled_from(["lora", "qlora", "full"]),
-    precision=st.sampled_from(["bf16", "fp16", "fp32"]),
+    precision=st.sampled_from(["bf16", "fp16", "tf32", "fp32"]),
     checkpoint_every=st.integers(0, 4),
     tokens=st.floats(8, 1e6),
     passes=st.floats(1, 64),

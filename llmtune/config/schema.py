@@ -118,7 +118,7 @@ class TrainConfig(Group):
     global_batch_size: Positive | None = Field(None, description="examples per update, over all processes")
     micro_batch_size: Positive | None = Field(None, description="most examples per forward pass on one device")
     token_budget: Positive | None = Field(None, description="most padded tokens per forward pass on one device")
-    precision: Literal["bf16", "fp16", "fp32"] | None = Field(None, description="arithmetic of the base model")
+    precision: Literal["bf16", "fp16", "tf32", "fp32"] | None = Field(None, description="arithmetic of the base model")
     packing: bool | None = Field(None, description="lay rows end to end in one sequence instead of padding them")
     activation_checkpointing: bool | None = Field(None, description="recompute activations to save memory")
     checkpoint_every: Positive | None = Field(None, description="recompute only every n-th layer")

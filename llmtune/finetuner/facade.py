@@ -17,7 +17,7 @@ from llmtune.errors import CheckpointError, ConfigError, HardwareError, did_you_
 from llmtune.evaluation import Metric
 from llmtune.finetuner import account, continuing, facts, rows
 from llmtune.finetuner.result import RunResult
-from llmtune.hardware import Hardware, launch_shortfall, yield_cores
+from llmtune.hardware import Hardware, launch_shortfall, tf32_products, yield_cores
 from llmtune.hardware.processes import stoppable
 from llmtune.planning import Plan, PlanRequest, make_plan
 from llmtune.runs import RunDirectory, is_run
@@ -146,7 +146,8 @@ class FineTuner:
                 if ranks.is_main:
                     run.discard()  # nothing has been trained: leave nothing half-created behind
                 raise
-            with account.told(run) if ranks.is_main else nullcontext(), stoppable():
+            arithmetic = tf32_products(job.plan.precision.value == "tf32")
+            with account.told(run) if ranks.is_main else nullcontext(), stoppable(), arithmetic:
                 outcome = run_training(job, resume_from)
                 return account.finish(run, outcome) if ranks.is_main else RunResult.of(run)
 

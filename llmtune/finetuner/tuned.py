@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from llmtune.data import EncodedDataset
 from llmtune.errors import CheckpointError, ConfigError, DataError
 from llmtune.finetuner import facts
 from llmtune.finetuner.rows import inputs_of
+from llmtune.hardware import tf32_products
 from llmtune.models import ModelLocation, load_tuned, locate, read_spec
 from llmtune.planning import Choice, Plan
 from llmtune.presets import Preset
@@ -147,14 +148,16 @@ class TunedRun:
         limit = max_new_tokens or self.config.evaluate.max_new_tokens
         return answer(self.model, self.tokenizer, [request], max_new_tokens=limit, device=self._device)[0]
 
-    def _arithmetic(self) -> AbstractContextManager[object]:
+    @contextmanager
+    def _arithmetic(self) -> Iterator[None]:
         """The arithmetic of training, so that the same weights score the same again."""
         import torch
 
-        if not self.plan.autocast:
-            return nullcontext()
-        dtype = torch.bfloat16 if self.plan.precision.value == "bf16" else torch.float16
-        return torch.autocast(torch.device(self._device).type, dtype=dtype)
+        precision = self.plan.precision.value
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float16
+        autocast = torch.autocast(torch.device(self._device).type, dtype=dtype, enabled=self.plan.autocast)
+        with tf32_products(precision == "tf32"), autocast:
+            yield
 
     def _load(self, *, tuned: bool) -> Any:
         from llmtune.kernels import attach_kernels

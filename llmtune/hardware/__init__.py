@@ -16,6 +16,7 @@ from llmtune.hardware.device import DeviceChoice, choose_device
 from llmtune.hardware.facts import Accelerator, Cpu, Hardware, Rates, Speed
 from llmtune.hardware.processes import follow_parent
 from llmtune.hardware.rates import cached_rates, measure_rates, note_rates, with_rates
+from llmtune.hardware.tensor_float import tf32_products
 from llmtune.hardware.threads import yield_cores
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ __all__ = [
     "measure_rates",
     "nominal_rates",
     "note_rates",
+    "tf32_products",
     "with_rates",
     "yield_cores",
 ]

@@ -20,12 +20,13 @@ from typing import TYPE_CHECKING, Any
 from llmtune.hardware.detection import existing_parent
 from llmtune.hardware.device import DeviceChoice
 from llmtune.hardware.facts import Hardware, Rates, Speed
+from llmtune.hardware.tensor_float import tf32_products
 
 if TYPE_CHECKING:
     import torch
 
 CACHE_FILE = "rates.json"
-_FORMAT = 1
+_FORMAT = 2
 
 # Widths of square weights and rows of input. CPU: those of models that are trained there. Accelerators: large enough
 # that a launch of 10 microseconds does not count.
@@ -33,7 +34,7 @@ _SHAPES = {"cpu": ((512, 512), (512, 1024), (256, 2048)), "accelerator": ((8192,
 # fp32 numbers of a tensor that stays in a CPU's caches, and of one that the system has to hand out new each time.
 _KEPT_NUMBERS, _FRESH_NUMBERS = 2**20, 2**23
 _ACCELERATOR_NUMBERS = 2**27
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "tf32": "float32", "fp32": "float32"}
 _FEWEST_TRIES, _TRY_SECONDS = 3, 0.04
 # From here on a measurement says more about other programs than about the machine.
 BUSY_SHARE = 0.25
@@ -185,7 +186,7 @@ def _cpu_speed(hardware: Hardware, threads: int) -> Speed:
 
 def _accelerator_speed(hardware: Hardware, device: DeviceChoice) -> Speed:
     facts = next(a for a in hardware.accelerators if a.index == device.index)
-    precisions = [name for name in ("bf16", "fp16") if getattr(facts, name)] + ["fp32"]
+    precisions = [name for name in ("bf16", "fp16", "tf32") if getattr(facts, name)] + ["fp32"]
     memory = _memory_rate(_ACCELERATOR_NUMBERS, str(device))
     return Speed(
         threads=1,
@@ -213,11 +214,12 @@ def _matmul_rate(precision: str, device: str, shapes: tuple[tuple[int, int], ...
 
     dtype = getattr(torch, _DTYPES[precision])
     flops = seconds = 0.0
-    for rows, width in shapes:
-        values = torch.rand(rows, width, device=device).to(dtype)
-        weights = torch.rand(width, width, device=device).to(dtype)
-        flops += 2 * rows * width * width
-        seconds += _best_seconds(partial(torch.nn.functional.linear, values, weights), device)
+    with tf32_products(precision == "tf32"):
+        for rows, width in shapes:
+            values = torch.rand(rows, width, device=device).to(dtype)
+            weights = torch.rand(width, width, device=device).to(dtype)
+            flops += 2 * rows * width * width
+            seconds += _best_seconds(partial(torch.nn.functional.linear, values, weights), device)
     return flops / seconds
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "tf32": "float32", "fp32": "float32"}
 # Words, digits, spaces, line breaks, other scripts: what tokenizers treat differently.
 _PROBE = "Hello, world! It costs 12,345.60\n\n  naïve ÄÖÜ 日本語 🙂\tend "
 

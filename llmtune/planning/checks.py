@@ -100,11 +100,12 @@ def _compiler_problems(request: PlanRequest) -> list[str]:
 def _precision_problems(request: PlanRequest) -> list[str]:
     precision, device = request.config.train.precision, request.device
     if device.type == "cpu":
-        return ["train.precision: got fp16, but a CPU trains in bf16 or fp32"] if precision == "fp16" else []
+        wrong = precision in ("fp16", "tf32")
+        return [f"train.precision: got {precision}, but a CPU trains in bf16 or fp32"] if wrong else []
     accelerator = next((a for a in request.hardware.accelerators if a.index == device.index), None)
-    if accelerator is not None and precision in ("bf16", "fp16") and not getattr(accelerator, precision):
-        usable = [name for name in ("bf16", "fp16") if getattr(accelerator, name)]
-        return [f"train.precision: got {precision}, but {accelerator.name} has {' and '.join([*usable, 'fp32'])}"]
+    if accelerator is not None and precision in ("bf16", "fp16", "tf32") and not getattr(accelerator, precision):
+        usable = [name for name in ("bf16", "fp16", "tf32") if getattr(accelerator, name)]
+        return [f"train.precision: got {precision}, but {accelerator.name} has {', '.join([*usable, 'fp32'])}"]
     return []
 
 

@@ -46,7 +46,7 @@ class Experience:
 
     Attributes:
         device: Name of the processor or accelerator it ran on.
-        precision: bf16, fp16 or fp32 arithmetic.
+        precision: bf16, fp16, tf32 or fp32 arithmetic.
         quantization: nf4, int8 or None.
         parameters: Of its model.
         memory: Measured over predicted bytes, see `Correction`.

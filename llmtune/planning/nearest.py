@@ -92,7 +92,7 @@ def _settings(request: PlanRequest) -> Iterator[Change]:
         yield changed("train.activation_checkpointing", True, NOTHING, "slower")
     if train.packing:
         yield changed("train.packing", False, NOTHING, "rows are padded")
-    if train.precision == "fp32" or (request.kind == "cpu" and train.precision is None):
+    if train.precision in ("fp32", "tf32") or (request.kind == "cpu" and train.precision is None):
         yield changed("train.precision", "bf16", FEWER_BITS, "bf16 arithmetic")
     if train.method == "full":
         yield changed("train.method", "lora", NOTHING, "an adapter instead of all weights")

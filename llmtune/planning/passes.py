@@ -155,7 +155,7 @@ def training_pass(
     attention = 2 * spec.shape.heads * spec.shape.head_dim * length * spec.shape.layers
     products = 2.0
     if footprint.method == "full":
-        products += costs.weight_gradient if footprint.precision != "fp32" else 1.0
+        products += costs.weight_gradient if BYTES_PER_VALUE[footprint.precision] == 2 else 1.0
     again = 1 / footprint.checkpoint_every if footprint.checkpoint_every else 0.0
     flops = products * 2 * weights + 3 * attention + again * (2 * spec.block_parameters + attention)
     token = flops / pace.matmul(footprint.precision) + 6 * adapter_parameters / pace.matmul("fp32")
@@ -209,7 +209,7 @@ def _layer_traffic(spec: ModelSpec, footprint: Footprint, paths: Paths, costs: C
     if paths.adapters:
         traffic += costs.adapter * values
     else:  # in fp32; a base in another precision has its values cast to that and back
-        traffic += (1.0 if footprint.precision != "fp32" else 0.6) * costs.peft_adapter * values
+        traffic += (1.0 if BYTES_PER_VALUE[footprint.precision] == 2 else 0.6) * costs.peft_adapter * values
     if trains and footprint.dropout > 0:
         traffic += costs.dropout * sum(m.count * m.in_features for m in modules)
     return traffic
@@ -219,7 +219,7 @@ def _weight_seconds(spec: ModelSpec, footprint: Footprint, pace: Pace, *, uses: 
     """To read the weights of a pass, to cast those of an fp32 model, and to unpack 4-bit ones at each use."""
     memory, costs = pace.speed.memory_bytes_per_second, pace.costs
     seconds = uses * BYTES_PER_VALUE[footprint.precision] * spec.parameters / memory
-    if footprint.method == "full" and footprint.precision != "fp32":
+    if footprint.method == "full" and BYTES_PER_VALUE[footprint.precision] == 2:
         weights = spec.block_parameters + spec.head_parameters
         seconds += uses / 2 * costs.cast * weights / pace.speed.fresh_bytes_per_second
     if footprint.quantization is not None:

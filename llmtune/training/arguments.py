@@ -47,6 +47,8 @@ def training_arguments(
         optim=plan.optimizer.value,
         bf16=plan.autocast and precision == "bf16",
         fp16=plan.autocast and precision == "fp16",
+        # `tf32_products` decides; left out here, transformers turns it on for what torch compiles.
+        tf32=False,
         **_checkpointing(plan),
         torch_compile=plan.compile.value,
         use_cpu=on_cpu,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-BYTES_PER_VALUE = {"bf16": 2, "fp16": 2, "fp32": 4}
+BYTES_PER_VALUE = {"bf16": 2, "fp16": 2, "tf32": 4, "fp32": 4}
 # Share of a device's free memory that a plan may use; the rest covers fragmentation and what others allocate.
 USABLE_SHARE = 0.92
 
@@ -67,7 +67,7 @@ class Footprint:
     Attributes:
         method: lora, qlora or full.
         quantization: nf4, int8 or None.
-        precision: bf16, fp16 or fp32 arithmetic.
+        precision: bf16, fp16, tf32 or fp32 arithmetic.
         dropout: Of the adapter; above 0 it keeps which values of its input were dropped.
         tokens: Padded tokens of the largest micro-batch. A label may follow every one of them.
         width: Padded tokens of its longest row.
