@@ -23,6 +23,7 @@ from speed_cases import (
     ENVIRONMENTS,
     EOS,
     MODELS,
+    OWN,
     PEERS,
     PEERS_DIRECTORY,
     RANK,
@@ -36,7 +37,6 @@ from speed_cases import (
     write_tokenizer,
 )
 from speed_sides import (
-    OWN,
     Expected,
     OutOfMemoryError,
     Protocol,
@@ -282,9 +282,12 @@ def test_the_table_has_a_cell_for_every_column_and_json_holds_it_all(fake: Any, 
 
 def test_every_peer_has_a_driver_and_an_environment_and_drivers_know_nothing_of_llmtune() -> None:
     for peer in PEERS.values():
-        assert peer.environment in ENVIRONMENTS
         text = (PEERS_DIRECTORY / peer.driver).read_text(encoding="utf-8")
-        assert "llmtune" not in text.replace("llmtune_run", "")
+        if peer.environment == OWN:
+            assert "FineTuner(" in text
+        else:
+            assert peer.environment in ENVIRONMENTS
+            assert "llmtune" not in text.replace("llmtune_run", "")
     assert all("==" in each for pins in ENVIRONMENTS.values() for each in pins.requirements + pins.alone)
     assert REFERENCE in PEERS
     assert len(SPECIALS) == 5

@@ -359,8 +359,8 @@ def test_what_is_trained_is_fp32_and_the_base_is_as_planned(family_model, family
         frozen
         == {
             "lora": {torch.bfloat16},
-            "nf4": {torch.uint8, torch.float32},
-            "int8": {torch.int8, torch.float32},
+            "nf4": {torch.uint8, torch.bfloat16},
+            "int8": {torch.int8, torch.bfloat16},
         }[kind]
     )
     config = model.peft_config["default"]
@@ -370,6 +370,16 @@ def test_what_is_trained_is_fp32_and_the_base_is_as_planned(family_model, family
     grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert all(grad is not None and bool(torch.isfinite(grad).all()) for grad in grads.values())
     assert all(bool(grad.any()) for name, grad in grads.items() if "lora_B" in name)
+
+
+def test_a_quantised_base_beside_fp16_adds_up_in_fp32_and_is_mapped_no_more(family_model):
+    location = located(family_model("llama"))
+    for precision, expected in (("fp16", torch.float32), ("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        model = loaded(location, "nf4", precision=precision)
+        rest = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+        assert {p.dtype for p in rest} == {expected}
+        with open("/proc/self/maps") as maps:
+            assert str(location.source) not in maps.read()
 
 
 @pytest.mark.filterwarnings(INT8_CASTS)

@@ -311,7 +311,7 @@ def test_a_7b_model_does_not_fit_4_gib_and_the_plan_says_so():
             {"activation_checkpointing": False, "method": "lora", "token_budget": 8000},
             "--set train.activation_checkpointing=true",
         ),
-        (7, {}, "--set data.max_length=120 --set data.too_long=drop"),
+        (6, {}, "--set data.max_length=120 --set data.too_long=drop"),
     ],
 )
 def test_variants_are_flags_that_really_fit(gib, asked, expected):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# How a model may compute. ``half``: frozen 16-bit weights; ``single``: frozen fp32 weights (quantised ones too: their
-# products are given back in fp32); ``trained``: trained fp32 weights; ``autocast``: the same under 16-bit autocast.
+# How a model may compute. ``half``: frozen 16-bit weights; ``single``: frozen fp32 weights; ``trained``: trained fp32
+# weights; ``autocast``: the same under 16-bit autocast.
 ARITHMETICS = ("half", "single", "trained", "autocast")
 
 

@@ -95,8 +95,9 @@ def load_for_training(
 ) -> PreTrainedModel | PeftModel:
     """The base model with what will be trained attached to it.
 
-    Base weights are held in ``precision`` for lora, in 4 or 8 bits with ``precision`` arithmetic for qlora, and in fp32
-    for full fine-tuning (updates smaller than a bf16 step would be lost). Adapter weights are fp32 masters.
+    Base weights are held in ``precision`` for lora; so they are for qlora but for the matrices of the layers, which are
+    held in 4 or 8 bits; and in fp32 for full fine-tuning (updates smaller than a bf16 step would be lost). Adapter
+    weights are fp32 masters.
 
     Raises:
         ModelError: The weights cannot be loaded, or no module matches ``targets``.
@@ -130,16 +131,17 @@ def load_for_training(
 def _load_base(
     location: ModelLocation, *, dtype: torch.dtype, quantization: str | None, device: str
 ) -> PreTrainedModel:
+    import torch
+
     arguments: dict[str, Any] = location.load_arguments() | {"dtype": dtype}
     if quantization is not None:
         arguments |= {"quantization_config": quantization_config(quantization, dtype), "device_map": {"": device}}
     model = _from_pretrained(location.id, location.source, arguments)
     if quantization is not None:
-        from peft import prepare_model_for_kbit_training
-
-        # Norms, embedding and head in fp32; done for training and answering alike, so that both compute the same.
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         _keep_differentiable(model)
+        # Norms, embedding and head give what passes between layers its precision: bf16, as without quantisation. What
+        # models made in bf16 add up there can leave the range of fp16, so then it is fp32; for answering too.
+        _hold_rest_in(model, torch.float32 if dtype == torch.float16 else dtype)
     return model
 
 
@@ -153,6 +155,13 @@ def _keep_differentiable(model: PreTrainedModel) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def _hold_rest_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """What is not quantised in ``dtype``, and out of the file, which stays mapped as a whole while a part is in use."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype, copy=True)
 
 
 def _from_pretrained(model_id: str, source: str, arguments: dict[str, Any]) -> PreTrainedModel:

@@ -37,6 +37,7 @@ from speed_cases import (
     ENVIRONMENTS,
     MODELS,
     MOST_ROWS,
+    OWN,
     PASS_TOKENS,
     PEERS,
     PEERS_DIRECTORY,
@@ -53,7 +54,6 @@ from speed_cases import (
 )
 from speed_sides import (
     OTHERS_LIMIT,
-    OWN,
     Expected,
     OutOfMemoryError,
     Protocol,
@@ -199,11 +199,13 @@ def surroundings(root: Path) -> dict[str, str]:
 
 
 def interpreter(environments: Path, name: str) -> str:
-    """The Python of a prepared environment.
+    """The Python of a prepared environment, or of this one.
 
     Raises:
         SideFailedError: It is not prepared, or could not be.
     """
+    if name == OWN:
+        return sys.executable
     try:
         noted = json.loads((environments / f"{name}.json").read_text(encoding="utf-8"))
     except FileNotFoundError:

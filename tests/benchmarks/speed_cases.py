@@ -17,6 +17,7 @@ from statistics import NormalDist
 import numpy as np
 
 PEERS_DIRECTORY = Path(__file__).resolve().parent / "peers"
+OWN = "llmtune"
 SEED = 42
 RANK, ALPHA = 16, 32
 # Constant. Random weights learn the frequencies of words within a few updates at this rate.
@@ -335,7 +336,10 @@ ENVIRONMENTS: dict[str, Environment] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peer:
-    """One line of the table: a driver in ``peers/``, its environment, and the mode that the driver is asked for."""
+    """One line of the table: a driver in ``peers/``, its environment, and the mode that the driver is asked for.
+
+    The environment `OWN` is the one the benchmark itself runs in.
+    """
 
     environment: str
     driver: str
@@ -370,6 +374,9 @@ PEERS: dict[str, Peer] = {
     "litgpt": Peer(environment="litgpt", driver="litgpt_lora.py", mode="default", flags="bf16-true"),
     "soup-cli": Peer(environment="soup-cli", driver="soup_sft.py", mode="default", flags="as it comes"),
     "torchtune": Peer(environment="torchtune", driver="torchtune_lora.py", mode="default", flags="bf16"),
+    "qlora": Peer(
+        environment=OWN, driver="llmtune_run.py", mode="qlora", flags="llmtune itself on 4-bit weights (NF4)"
+    ),
 }
 REFERENCE = "trainer-fp32"
 MOST_ROWS = 8  # per forward pass: the default of Trainer and TRL

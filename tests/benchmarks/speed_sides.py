@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from speed_cases import Row
+from speed_cases import OWN, Row
 
-OWN = "llmtune"
 OTHERS_LIMIT = 5.0  # percent of all processors that other programs may take during a sample
 LOSS_TOLERANCE = 0.005  # relative, of each of the first updates: bf16 rounds a number by up to 0.4 %
 CHECKED_UPDATES = 3

@@ -2,8 +2,8 @@
 
 Read from transformers 5.23 (``models/{llama,mistral,qwen2,qwen3,phi,phi3}``), peft 0.21 (``tuners/lora``),
 bitsandbytes 0.50 (``autograd/_functions.py``), torch 2.13 (``derivatives.yaml``) and ``llmtune.kernels``. Compared with
-the events of torch's CPU allocator in single passes of 46 small models, of all six, lora, qlora and full, with and
-without recomputing, dropout and packing: the tensor peak was within 0.3 % in each.
+the events of torch's CPU allocator in runs of small models, of all six, lora, qlora and full, with and without
+recomputing, dropout and packing (``tests/benchmarks/bench_memory.py``): the tensor peak was within 0.7 % in each.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ class Pass:
         root = add([mean], rows, 4, saves_output=True, backward_work=8 * rows)
         normal = add([wide, root], x.size, 4, saved=[wide, root], backward_work=wide.num_bytes)
         normal = self._cast(normal, x.item)
-        # Times a weight of the same type; in fp32 when a quantised model has fp32 norms.
+        # Times a weight of the stream's type, which under autocast is wider than a head.
         item = max(x.item, self._arithmetic.stream)
         work = x.size * item * (self._full + (item != normal.item))
         return add([normal], x.size, item, saved=[normal] if self._full else (), backward_work=work, trains=self._full)
@@ -168,7 +168,7 @@ class Pass:
 
     def _add_adapter(self, x: Value, y: Value, width: int, out: int) -> Value:
         """``y + scale * B(A(dropout(x)))`` as ``kernels.adapters`` computes it, into ``y``, with copies of A and B."""
-        item, rank, dropout = self._arithmetic.adapter, self._footprint.rank, self._footprint.dropout > 0
+        item, rank, dropout = self._arithmetic.product, self._footprint.rank, self._footprint.dropout > 0
         rows = x.size / width
         narrow = x.size * item * (x.item != item)
         # Its input without what is dropped; in fp32 a CPU widens the mask too.

@@ -71,15 +71,15 @@ class PassSimulation:
             (other if number else first, every > 0 and number % every == 0) for number in range(shape.layers)
         ]
         self.logits = logit_tensors(spec, footprint, on_cpu=on_cpu)
-        narrow = self._paths.adapters and arithmetic.adapter < 4
-        self.adapter_copies = float(arithmetic.adapter * trained) if narrow else 0.0
+        narrow = self._paths.adapters and arithmetic.product < 4
+        self.adapter_copies = float(arithmetic.product * trained) if narrow else 0.0
         in_layers = sum(m.in_features * m.out_features * m.count for m in spec.linears) if full else trained
         self._copy = arithmetic.product * in_layers / shape.layers if arithmetic.autocast else 0.0
         # Ids, mask and labels; cos and sin, shared by all rows and layers.
         width = mask_width(footprint)
         self._inputs = 24.0 * tokens + 2 * width * shape.head_dim * arithmetic.stream
         self._mask = float(tokens * width) if self._paths.masked else 0.0  # one byte each, shared by all layers
-        self._mask_copy = self._mask * arithmetic.attention
+        self._mask_copy = self._mask * arithmetic.product
 
     @cached_property
     def moments(self) -> list[Moment]:

@@ -33,7 +33,7 @@ class Arithmetic:
 
     Attributes:
         stream: Between layers, which is the embedding's.
-        product: What matrix products are computed in; ``stream`` where weights and inputs are alike.
+        product: What matrix products, attention and logits are computed in; ``stream`` but under autocast.
         autocast: Whether autocast chooses the inputs of matrix products.
         quantization: nf4, int8 or None.
     """
@@ -43,28 +43,13 @@ class Arithmetic:
     autocast: bool
     quantization: str | None
 
-    @property
-    def attention(self) -> int:
-        """Bytes of queries, and so of the numbers that a mask is turned into."""
-        return self.product if self.autocast else self.stream
-
-    @property
-    def adapter(self) -> int:
-        """Bytes that our kernel computes an adapter in: 8-bit layers give back what they were given."""
-        return self.stream if self.quantization == "int8" else self.product
-
-    @property
-    def logits(self) -> int:
-        """Bytes of a logit as the head's product gives it; a quantised model has a head in fp32."""
-        return self.product if self.autocast else self.stream
-
 
 def arithmetic_of(footprint: Footprint) -> Arithmetic:
     """How a run computes: fp32 weights under autocast when all are trained, weights of the precision otherwise."""
     item = BYTES_PER_VALUE[footprint.precision]
     full = footprint.method == "full"
-    # Quantised models hold norms, embedding and head in fp32 (``prepare_model_for_kbit_training``).
-    wide = full or footprint.quantization is not None
+    # Quantised fp16 models hold norms, embedding and head in fp32; see ``models.load``.
+    wide = full or (footprint.quantization is not None and footprint.precision == "fp16")
     return Arithmetic(
         stream=4 if wide else item,
         product=item,
@@ -104,7 +89,7 @@ def paths_of(spec: ModelSpec, footprint: Footprint, *, on_cpu: bool) -> Paths:
     attention = whole and (traced is None or traced.plain_attention)
     masked = _masked(spec, footprint, on_cpu=on_cpu, attached=attention)
     adapts = footprint.method != "full" and _adapts(footprint, on_cpu=on_cpu)
-    in_blocks = attention and not masked and on_cpu and _bf16_attention(footprint)
+    in_blocks = attention and not masked and on_cpu and footprint.precision == "bf16"
     return Paths(
         loss=whole and (traced is None or traced.plain_loss),
         adapters=whole and adapts and (traced is None or traced.plain_linears),
@@ -125,17 +110,16 @@ def _masked(spec: ModelSpec, footprint: Footprint, *, on_cpu: bool, attached: bo
         return windowed
     if on_cpu:
         return windowed or not attached or footprint.precision == "fp16"
-    # 2-byte queries, heads as ``torch.nn.attention.varlen`` takes them, GPUs that have bf16 (from Ampere on).
+    # As ``torch.nn.attention.varlen`` takes heads; GPUs that have bf16 (from Ampere on).
     head = spec.shape.head_dim
-    fits = arithmetic_of(footprint).attention == 2 and footprint.precision == "bf16" and head % 8 == 0 and head <= 256
+    fits = footprint.precision == "bf16" and head % 8 == 0 and head <= 256
     return not (attached and footprint.varlen and fits)
 
 
 def _adapts(footprint: Footprint, *, on_cpu: bool) -> bool:
-    arithmetic = arithmetic_of(footprint)
-    if footprint.precision == "fp16" and (on_cpu or arithmetic.adapter == 4):
-        return False  # no fast fp16 on a CPU; autocast would compute in fp16 what is fp32
-    few = on_cpu and arithmetic.stream == 2 and footprint.tokens < FEWEST_ROWS
+    if footprint.precision == "fp16" and (on_cpu or footprint.quantization == "int8"):
+        return False  # no fast fp16 on a CPU; of 8-bit layers autocast would compute in fp16 what is fp32
+    few = on_cpu and arithmetic_of(footprint).stream == 2 and footprint.tokens < FEWEST_ROWS
     return not few
 
 
@@ -147,10 +131,6 @@ def norm_is_ours(footprint: Footprint, values: float, item: int) -> bool:
 def norm_blocks(footprint: Footprint, values: float, width: int) -> float:
     """Values of the block of rows that a norm of so many values works on."""
     return min(values, width * max(1, BLOCK_VALUES * footprint.threads // width))
-
-
-def _bf16_attention(footprint: Footprint) -> bool:
-    return footprint.precision == "bf16" and arithmetic_of(footprint).attention == 2
 
 
 def _backward_in_blocks(spec: ModelSpec, footprint: Footprint) -> bool:
@@ -255,7 +235,7 @@ def logit_tensors(spec: ModelSpec, footprint: Footprint, *, on_cpu: bool) -> tup
     vocabulary = spec.shape.vocabulary
     if not paths_of(spec, footprint, on_cpu=on_cpu).loss:
         return (4.0 * vocabulary * footprint.tokens,) * 3
-    item, chunk = arithmetic_of(footprint).logits, chunk_rows(scored_rows(footprint))
+    item, chunk = arithmetic_of(footprint).product, chunk_rows(scored_rows(footprint))
     if item == 4:
         return (4.0 * chunk * vocabulary,)
     # Widened on a CPU as many rows at a time as its caches hold.
@@ -266,7 +246,7 @@ def logit_tensors(spec: ModelSpec, footprint: Footprint, *, on_cpu: bool) -> tup
 def loss_workspace(spec: ModelSpec, footprint: Footprint, *, on_cpu: bool) -> float:
     """Bytes that ``kernels.loss`` needs beside hidden states and gradients."""
     hidden, arithmetic, full = spec.shape.hidden, arithmetic_of(footprint), footprint.method == "full"
-    item, weights = arithmetic.logits, spec.shape.vocabulary * hidden
+    item, weights = arithmetic.product, spec.shape.vocabulary * hidden
     states = chunk_rows(scored_rows(footprint)) * hidden * item
     work = sum(logit_tensors(spec, footprint, on_cpu=on_cpu))
     work += states if arithmetic.stream != item else 0  # a chunk of hidden states, cast

@@ -46,7 +46,8 @@ class Gaps:
 
 TIGHT = Gaps(least=110 * MIB, of_passed=0.10, most_of_passed=0.13, of_converted=0.3, at_loading=70 * MIB)
 # Fitted to 37 of those runs, lora and qlora, as a program of Python that uses llmtune makes them; see `llmtune.heap`.
-# Predicted within -5 and +18 %; four of qlora, with the kernels and the loading of today, +7 to +20 %.
+# Predicted within -5 and +18 %; four of qlora, with the kernels of today and all that is not quantised in fp32, +7 to
+# +20 %.
 WITH_HOLES = Gaps(least=210 * MIB, of_passed=0.27, most_of_passed=0.35, of_converted=0.4, at_loading=110 * MIB)
 
 

@@ -27,9 +27,9 @@ def traced_costs(spec: ModelSpec, footprint: Footprint, *, on_cpu: bool) -> tupl
     else:
         stage, around, has_loss = *_guessed(spec, footprint), False
     if paths.masked and not stage.saved_pair:  # what is traced has none
-        stage = replace(stage, **{name: float(arithmetic_of(footprint).attention) for name in MASKED})
+        stage = replace(stage, **{name: float(arithmetic_of(footprint).product) for name in MASKED})
     blocks = (
-        backward_blocks_bytes(spec, footprint, arithmetic_of(footprint).attention) if paths.backward_in_blocks else 0.0
+        backward_blocks_bytes(spec, footprint, arithmetic_of(footprint).product) if paths.backward_in_blocks else 0.0
     )
     layer = _cost(spec, footprint, stage, blocks=blocks, norms=paths.norms)
     outside = _cost(spec, footprint, around, norms=paths.norms)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmtune.models import ModelSpec
-from llmtune.planning.memory.estimate import BYTES_PER_VALUE, Footprint
+from llmtune.planning.memory.estimate import Footprint
+from llmtune.planning.memory.paths import arithmetic_of
 
 # NF4 with double quantisation: 4 bits + 8-bit scale per 64 values + fp32 scale per 256 blocks (arXiv:2305.14314, §3).
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
@@ -129,18 +130,18 @@ def _loading_bytes(spec: ModelSpec, footprint: Footprint, weights: int) -> int:
     if footprint.quantization is None:
         return weights if file == weights else weights + file
     largest = max((module.in_features * module.out_features for module in spec.linears), default=0)
-    # All matrices are quantised before the rest is widened.
-    quantized = weights - 4 * (spec.parameters - spec.block_parameters)
+    # All matrices are quantised before the rest is copied out of the file.
+    quantized = weights - arithmetic_of(footprint).stream * (spec.parameters - spec.block_parameters)
     return file + max(weights, quantized + int(QUANTIZING_BYTES[footprint.quantization] * largest))
 
 
 def weight_bytes(spec: ModelSpec, footprint: Footprint) -> int:
-    """The base model: fp32 when trained, quantised matrices and the rest in fp32, else as the arithmetic is."""
+    """The base model: in the precision of the residual stream; the matrices of its layers may be quantised."""
+    item = arithmetic_of(footprint).stream
     if footprint.quantization is None:
-        return spec.parameters * (4 if footprint.method == "full" else BYTES_PER_VALUE[footprint.precision])
+        return spec.parameters * item
     block = spec.block_parameters
-    # ``prepare_model_for_kbit_training`` widens all that is not quantised: embedding, head, norms, biases.
-    rest = 4 * (spec.parameters - block)
+    rest = item * (spec.parameters - block)
     if footprint.quantization == "nf4":
         return rest + int(block * NF4_BYTES) + NF4_TABLES * sum(module.count for module in spec.linears)
     return rest + block + 4 * sum(module.out_features * module.count for module in spec.linears)  # a scale per row
