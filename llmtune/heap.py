@@ -37,15 +37,15 @@ def restart_with_tuned_heap() -> None:
     The process keeps its number, its files and its terminal. Nothing must have been done yet.
     """
     tunables = os.environ.get(VARIABLE, "")
-    settings = [setting for setting in _helpful() if not _decided(setting, tunables)]
+    settings = [setting for setting in helpful_tunables() if not _decided(setting, tunables)]
     if not sys.executable or not settings:
         return
     os.environ[VARIABLE] = ":".join(filter(None, (tunables, *settings)))
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
-def _helpful() -> list[str]:
-    """What helps with the C library and the kernel that are here."""
+def helpful_tunables() -> list[str]:
+    """What helps in `VARIABLE` with the C library and the kernel that are here."""
     glibc, helpful = _glibc(), []
     if glibc < MENDED_IN:
         helpful.append(NO_SMALL_CACHES)

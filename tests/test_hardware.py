@@ -39,6 +39,7 @@ from llmtune.hardware.detection import free_disk_bytes
 from llmtune.hardware.doctor import machine_problems, rate_problems, version_problems
 from llmtune.hardware.nvidia import as_torch_numbers, driver_serves, nvml_cards, smi_cards, visible_devices
 from llmtune.hardware.presence import kinds_built, kinds_present
+from llmtune.hardware.probes import _flash_attention
 from llmtune.hardware.rates import CACHE_FILE, _matmul_rate, disk_write_rate
 from llmtune.units import GIB
 
@@ -780,6 +781,13 @@ def test_diagnosis_holds_what_other_programs_rely_on(tmp_path: Path) -> None:
     assert isinstance(diagnosis.usable["distributed_gloo"], Usable)
     assert diagnosis.usable["bitsandbytes_4bit"].available, diagnosis.usable["bitsandbytes_4bit"].why
     assert diagnosis.usable["bitsandbytes_8bit"].available, diagnosis.usable["bitsandbytes_8bit"].why
+
+
+def test_flash_attention_is_torchs_own_from_compute_capability_8_on() -> None:
+    found = {name: _flash_attention(hardware) for name, hardware in {"new": machine(gpu()), "cpu": machine()}.items()}
+    found["old"] = _flash_attention(machine(gpu(1, bf16=False, tf32=False, compute_capability=(7, 5))))
+    assert {name: usable.available for name, usable in found.items()} == {"new": True, "cpu": False, "old": False}
+    assert "8.0 or more" in found["old"].why
 
 
 def test_importing_the_package_is_light() -> None:

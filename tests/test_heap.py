@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from llmtune import heap
+from llmtune.hardware.probes import _heap
 from llmtune.heap import LARGE_PAGES, NO_SMALL_CACHES, VARIABLE, leaves_holes
 
 PROGRAM = """
@@ -114,6 +115,21 @@ def test_a_system_without_that_name_has_another_library(monkeypatch: pytest.Monk
     monkeypatch.setattr(heap.os, "confstr", unknown, raising=False)
     monkeypatch.delenv(VARIABLE, raising=False)
     assert not leaves_holes()
+
+
+@pytest.mark.parametrize(
+    ("library", "tunables"),
+    [("glibc 2.36", BOTH), ("glibc 2.40", LARGE_PAGES), ("glibc 2.31", NO_SMALL_CACHES), ("", "")],
+)
+def test_doctor_has_the_settings_for_programs_of_ones_own(
+    library: str, tunables: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(heap.os, "confstr", lambda name: library, raising=False)
+    monkeypatch.setattr(heap, "ON_REQUEST", tmp_path / "enabled")
+    (tmp_path / "enabled").write_text("always [madvise] never")
+    found = _heap()
+    assert found.available == bool(tunables)
+    assert found.why.endswith(f"{VARIABLE}={tunables}") == bool(tunables)
 
 
 def test_the_installed_command_says_that_its_heap_has_no_holes() -> None:

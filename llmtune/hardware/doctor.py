@@ -29,7 +29,7 @@ _FAR_BELOW, _SLOW_DISK = 0.4, 30e6
 _NO_TORCH = "torch cannot be imported"
 
 # Installed by extras or by hand; reported when there.
-_OPTIONAL = ("flash-attn", "triton", "deepspeed", "sentencepiece", "tensorboard", "nvidia-ml-py", "psycopg")
+_OPTIONAL = ("liger-kernel", "triton", "deepspeed", "sentencepiece", "tensorboard", "nvidia-ml-py", "psycopg")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

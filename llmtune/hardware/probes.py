@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from llmtune.hardware.facts import Accelerator, Hardware
+from llmtune.heap import VARIABLE, helpful_tunables
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,7 @@ def probe_all(hardware: Hardware) -> dict[str, Usable]:
         "bitsandbytes_8bit": _bitsandbytes(bits=8),
         "flash_attention": _flash_attention(hardware),
         "compile": _compile(hardware),
+        "heap_for_tensors": _heap(),
         "distributed_gloo": _distributed("gloo", hardware),
         "distributed_nccl": _distributed("nccl", hardware),
         "deepspeed": _package("deepspeed", "pip install deepspeed"),
@@ -89,10 +91,16 @@ def _bitsandbytes(*, bits: int) -> Usable:
 
 
 def _flash_attention(hardware: Hardware) -> Usable:
-    if find_spec("flash_attn") is None:
-        return Usable(available=False, why="not installed; torch's own scaled_dot_product_attention is used")
+    """That of torch; the package flash-attn is not used."""
     able = any(a.compute_capability is not None and a.compute_capability >= (8, 0) for a in hardware.accelerators)
-    return _yes_or_no(able, "installed", "needs an NVIDIA GPU of compute capability 8.0 or more")
+    return _yes_or_no(able, "torch's own", "torch's own needs an NVIDIA GPU of compute capability 8.0 or more")
+
+
+def _heap() -> Usable:
+    tunables = ":".join(helpful_tunables())
+    if not tunables:
+        return Usable(available=False, why="this C library and this kernel have nothing to set, or nothing to mend")
+    return Usable(available=True, why=f"llmtune sets it for itself; for programs of your own: {VARIABLE}={tunables}")
 
 
 def find_compiler() -> str | None:

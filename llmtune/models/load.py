@@ -158,10 +158,10 @@ def _keep_differentiable(model: PreTrainedModel) -> None:
 
 
 def _hold_rest_in(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """What is not quantised in ``dtype``, and out of the file, which stays mapped as a whole while a part is in use."""
+    """What is not quantised in ``dtype``; on a CPU copied out of the file, which stays mapped while it is used."""
     for parameter in model.parameters():
         if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype, copy=True)
+            parameter.data = parameter.data.to(dtype, copy=parameter.device.type == "cpu")
 
 
 def _from_pretrained(model_id: str, source: str, arguments: dict[str, Any]) -> PreTrainedModel:
