@@ -143,6 +143,7 @@ def nominal_rates(hardware: Hardware, device: DeviceChoice) -> Rates:
         op_seconds = _CPU_OP_SECONDS
     else:
         sheet = sheet_of(device)
+        # Tensor cores that have TF32 do half as many products in it.
         rates = {"bf16": sheet.half, "fp16": sheet.half, "tf32": sheet.half / 2, "fp32": sheet.single}
         reached = {name: rate * _REACHED for name, rate in rates.items()}
         memory = sheet.memory * _REACHED

@@ -10,8 +10,8 @@ from contextlib import contextmanager
 def tf32_products(wanted: bool) -> Iterator[None]:
     """Whether torch multiplies fp32 matrices in TF32 from here on; afterwards as it was before.
 
-    transformers' ``tf32`` argument is not used for this: it stays in force after a run, and the second run of a process
-    that asks for it gets what the last but one had (``enable_tf32`` of transformers 5.23 remembers its calls).
+    transformers' ``tf32`` argument is not used for this. It stays in force after a run, and in a process that trains
+    with it, without it and with it again the third run goes without: ``enable_tf32`` of transformers 5.23 is cached.
     """
     import torch
 
