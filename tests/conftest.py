@@ -51,7 +51,7 @@ def limit() -> Iterator[Any]:
 
 
 @pytest.fixture
-def matmul() -> Iterator[Any]:
+def cuda_matmul() -> Iterator[Any]:
     """torch's settings of matrix products on NVIDIA GPUs; fp32 ones in fp32 again after the test."""
     import torch
 

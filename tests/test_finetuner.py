@@ -92,7 +92,7 @@ def test_evaluate_generate_and_a_verdict(family_model: Model, tmp_path: Path) ->
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32"])
 def test_a_run_and_its_evaluation_compute_in_tf32_only_where_it_was_asked_for(
-    family_model: Model, tmp_path: Path, matmul: Any, monkeypatch: pytest.MonkeyPatch, precision: str
+    family_model: Model, tmp_path: Path, cuda_matmul: Any, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
     from llmtune import evaluation
 
@@ -100,15 +100,15 @@ def test_a_run_and_its_evaluation_compute_in_tf32_only_where_it_was_asked_for(
 
     class Modes(TrainerCallback):
         def on_train_begin(self, *args: Any, model: Any, **_: Any) -> None:
-            model.register_forward_hook(lambda *_: seen.append(matmul.fp32_precision))
+            model.register_forward_hook(lambda *_: seen.append(cuda_matmul.fp32_precision))
 
     def noted(*args: Any, **how: Any) -> Any:
-        seen.append(matmul.fp32_precision)
+        seen.append(cuda_matmul.fp32_precision)
         return score(*args, **how)
 
     # A CPU has no TF32; it takes the setting, and computes in fp32.
     monkeypatch.setattr("llmtune.planning.checks._precision_problems", lambda _: [])
-    matmul.allow_tf32 = before = precision == "fp32"  # the opposite of what the run asks for
+    cuda_matmul.allow_tf32 = before = precision == "fp32"  # the opposite of what the run asks for
     how = settings(family_model("llama"), tmp_path / "run", precision=precision, epochs=1)
     tuner = FineTuner(ROWS, callbacks=[Modes()], **how)
     result = tuner.train()
@@ -118,7 +118,7 @@ def test_a_run_and_its_evaluation_compute_in_tf32_only_where_it_was_asked_for(
     assert passes
     assert len(seen) == passes + 2
     assert set(seen) == {"tf32" if precision == "tf32" else "ieee"}
-    assert matmul.allow_tf32 == before
+    assert cuda_matmul.allow_tf32 == before
 
 
 def test_a_finished_run_is_evaluated_on_other_data_from_outside(family_model: Model, tmp_path: Path) -> None:

@@ -574,25 +574,25 @@ def test_measuring_gives_every_precision_and_leaves_nothing_behind(tmp_path: Pat
 
 
 @pytest.mark.parametrize("before", ["none", "ieee", "tf32"])
-def test_tf32_is_on_only_inside_and_as_it_was_afterwards(before: str, matmul: Any) -> None:
-    matmul.fp32_precision = before
+def test_tf32_is_on_only_inside_and_as_it_was_afterwards(before: str, cuda_matmul: Any) -> None:
+    cuda_matmul.fp32_precision = before
     for wanted in (True, False, True):  # as often as a process trains
         with tf32_products(wanted):
-            assert matmul.fp32_precision == ("tf32" if wanted else "ieee")
-            assert matmul.allow_tf32 == wanted  # the older of torch's two names agrees and can be read
-        assert (matmul.fp32_precision == "tf32") == (before == "tf32")
+            assert cuda_matmul.fp32_precision == ("tf32" if wanted else "ieee")
+            assert cuda_matmul.allow_tf32 == wanted  # the older of torch's two names agrees and can be read
+        assert (cuda_matmul.fp32_precision == "tf32") == (before == "tf32")
     with pytest.raises(ZeroDivisionError), tf32_products(before != "tf32"):
         raise ZeroDivisionError
-    assert matmul.allow_tf32 == (before == "tf32")
+    assert cuda_matmul.allow_tf32 == (before == "tf32")
 
 
-def test_the_rate_of_tf32_is_that_of_fp32_numbers_in_tf32(matmul: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rate_of_tf32_is_that_of_fp32_numbers_in_tf32(cuda_matmul: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
     seen = []
 
     def best_seconds(work: Callable[[], torch.Tensor], _device: str) -> float:
-        seen.append((work().dtype, matmul.fp32_precision))
+        seen.append((work().dtype, cuda_matmul.fp32_precision))
         return 1.0
 
     monkeypatch.setattr("llmtune.hardware.rates._best_seconds", best_seconds)

@@ -707,6 +707,7 @@ def test_on_a_quantised_base_in_fp32_it_is_as_peft_computes_it(adapted, quantiza
     assert distance(ours[0], theirs[0]) < 1e-6
     together = [torch.cat([g[1][n].flatten() for n in theirs[1]]) for g in (ours, theirs)]
     assert cosine(*together) > 1 - 1e-9
+    assert all(gradient.dtype == torch.float32 for gradient in ours[1].values())
 
 
 @pytest.mark.filterwarnings("ignore:MatMul8bitLt")
@@ -718,11 +719,13 @@ def test_on_a_quantised_base_in_bf16_it_is_as_near_to_fp32_as_peft_is(adapted, q
         if hasattr(module, "compute_dtype"):
             module.compute_dtype = torch.float32
     exact, theirs = passed(wide, ids), passed(model, ids)
-    attach_adapters(model)
+    facts = attach_adapters(model)
+    assert (facts.num_attached, facts.num_left) == (14, 0)
     ours = passed(model, ids)
     assert distance(ours[0], exact[0]) < 1.5 * distance(theirs[0], exact[0])
     together = [torch.cat([g[1][n].flatten() for n in exact[1]]) for g in (ours, theirs, exact)]
     assert distance(together[0], together[2]) < 1.5 * distance(together[1], together[2])
+    assert cosine(together[0], together[1]) > 0.999
     assert cosine(together[0], together[2]) > 0.999
     assert all(gradient.dtype == torch.float32 for gradient in ours[1].values())
 

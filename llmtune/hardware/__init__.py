@@ -13,7 +13,7 @@ from llmtune.hardware.accelerate_configs import (
 from llmtune.hardware.datasheet import nominal_rates
 from llmtune.hardware.detection import detect
 from llmtune.hardware.device import DeviceChoice, choose_device
-from llmtune.hardware.facts import Accelerator, Cpu, Hardware, Rates, Speed
+from llmtune.hardware.facts import DTYPES, Accelerator, Cpu, Hardware, Rates, Speed
 from llmtune.hardware.processes import follow_parent
 from llmtune.hardware.rates import cached_rates, measure_rates, note_rates, with_rates
 from llmtune.hardware.tensor_float import tf32_products
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from llmtune.hardware.probes import Usable
 
 __all__ = [
+    "DTYPES",
     "Accelerator",
     "Cpu",
     "DeviceChoice",

@@ -23,6 +23,9 @@ Positive = Annotated[int, Ge(1)]
 Share = Annotated[float, Ge(0), Le(1)]
 Rate = Annotated[float, Gt(0), Lt(math.inf)]  # what is measured is above zero and finite
 
+# What torch calls the numbers of a precision; products of TF32 are of fp32 numbers.
+DTYPES = {"bf16": "bfloat16", "fp16": "float16", "tf32": "float32", "fp32": "float32"}
+
 _STRICT = {"extra": "forbid", "strict": True}  # read by pydantic: no unknown keys, no "12" for 12
 
 
@@ -44,6 +47,11 @@ class Accelerator:
     bf16: bool
     fp16: bool
     tf32: bool
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """Those it computes in hardware; fp32 comes last."""
+        return (*(name for name in ("bf16", "fp16", "tf32") if getattr(self, name)), "fp32")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,10 +156,9 @@ class Hardware:
     def precision_support(self) -> tuple[str, ...]:
         """Precisions that run in hardware on every accelerator (on the CPU where there is none); fp32 comes last."""
         if self.accelerators:
-            checks = {name: all(getattr(a, name) for a in self.accelerators) for name in ("bf16", "fp16", "tf32")}
-        else:
-            checks = {"bf16": self.cpu.amx or self.cpu.avx512_bf16}
-        return (*(name for name, supported in checks.items() if supported), "fp32")
+            first, *others = (accelerator.precisions for accelerator in self.accelerators)
+            return tuple(name for name in first if all(name in other for other in others))
+        return ("bf16", "fp32") if self.cpu.amx or self.cpu.avx512_bf16 else ("fp32",)
 
     def describe(self) -> str:
         """One line for people: ``2 cores Intel Xeon (AMX), 23.5 GiB RAM, no accelerator``."""

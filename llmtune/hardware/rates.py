@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmtune.hardware.detection import existing_parent
 from llmtune.hardware.device import DeviceChoice
-from llmtune.hardware.facts import Hardware, Rates, Speed
+from llmtune.hardware.facts import DTYPES, Hardware, Rates, Speed
 from llmtune.hardware.tensor_float import tf32_products
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ _SHAPES = {"cpu": ((512, 512), (512, 1024), (256, 2048)), "accelerator": ((8192,
 # fp32 numbers of a tensor that stays in a CPU's caches, and of one that the system has to hand out new each time.
 _KEPT_NUMBERS, _FRESH_NUMBERS = 2**20, 2**23
 _ACCELERATOR_NUMBERS = 2**27
-_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "tf32": "float32", "fp32": "float32"}
 _FEWEST_TRIES, _TRY_SECONDS = 3, 0.04
 # From here on a measurement says more about other programs than about the machine.
 BUSY_SHARE = 0.25
@@ -186,11 +185,10 @@ def _cpu_speed(hardware: Hardware, threads: int) -> Speed:
 
 def _accelerator_speed(hardware: Hardware, device: DeviceChoice) -> Speed:
     facts = next(a for a in hardware.accelerators if a.index == device.index)
-    precisions = [name for name in ("bf16", "fp16", "tf32") if getattr(facts, name)] + ["fp32"]
     memory = _memory_rate(_ACCELERATOR_NUMBERS, str(device))
     return Speed(
         threads=1,
-        matmul={name: _matmul_rate(name, str(device), _SHAPES["accelerator"]) for name in precisions},
+        matmul={name: _matmul_rate(name, str(device), _SHAPES["accelerator"]) for name in facts.precisions},
         memory_bytes_per_second=memory,
         fresh_bytes_per_second=memory,  # torch keeps freed memory and hands it out again
     )
@@ -212,7 +210,7 @@ def _matmul_rate(precision: str, device: str, shapes: tuple[tuple[int, int], ...
     """FLOP/s over several shapes of ``[rows, width] x [width, width]``, each weighted by its arithmetic."""
     import torch
 
-    dtype = getattr(torch, _DTYPES[precision])
+    dtype = getattr(torch, DTYPES[precision])
     flops = seconds = 0.0
     with tf32_products(precision == "tf32"):
         for rows, width in shapes:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmtune.errors import ModelError
+from llmtune.hardware import DTYPES
 from llmtune.models.adapter_files import require_plain_adapter
 from llmtune.models.locate import ModelLocation
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "tf32": "float32", "fp32": "float32"}
 # Words, digits, spaces, line breaks, other scripts: what tokenizers treat differently.
 _PROBE = "Hello, world! It costs 12,345.60\n\n  naïve ÄÖÜ 日本語 🙂\tend "
 

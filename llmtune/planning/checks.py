@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from llmtune.errors import ConfigError, DataError, did_you_mean
 from llmtune.planning.batching import packing_problem
+from llmtune.planning.precision import accelerator_of
 from llmtune.planning.request import PlanRequest
 from llmtune.presets import SCHEDULES
 
@@ -98,15 +99,13 @@ def _compiler_problems(request: PlanRequest) -> list[str]:
 
 
 def _precision_problems(request: PlanRequest) -> list[str]:
-    precision, device = request.config.train.precision, request.device
-    if device.type == "cpu":
+    precision, accelerator = request.config.train.precision, accelerator_of(request)
+    if request.device.type == "cpu":
         wrong = precision in ("fp16", "tf32")
         return [f"train.precision: got {precision}, but a CPU trains in bf16 or fp32"] if wrong else []
-    accelerator = next((a for a in request.hardware.accelerators if a.index == device.index), None)
-    if accelerator is not None and precision in ("bf16", "fp16", "tf32") and not getattr(accelerator, precision):
-        usable = [name for name in ("bf16", "fp16", "tf32") if getattr(accelerator, name)]
-        return [f"train.precision: got {precision}, but {accelerator.name} has {', '.join([*usable, 'fp32'])}"]
-    return []
+    if accelerator is None or precision is None or precision in accelerator.precisions:
+        return []
+    return [f"train.precision: got {precision}, but {accelerator.name} has {', '.join(accelerator.precisions)}"]
 
 
 def _target_problems(request: PlanRequest) -> list[str]:

@@ -37,6 +37,7 @@ from speed_cases import (
     ENVIRONMENTS,
     MODELS,
     MOST_ROWS,
+    OURS,
     OWN,
     PASS_TOKENS,
     PEERS,
@@ -46,6 +47,7 @@ from speed_cases import (
     SHAPES,
     Job,
     Model,
+    Peer,
     Row,
     Shape,
     build_model,
@@ -167,18 +169,19 @@ class Bench:
             flags = f"{PEERS[name].flags}; more than {most} rows per pass ran out of memory"
 
     def _started(self, name: str, most_rows: int = MOST_ROWS) -> AbstractContextManager[Side]:
-        program = self._program(name)
+        side, program = self._side(name), self._program(name)
         self._count += 1
         work = self._case.work / f"{self._count:02d}-{name}"
-        job = self._case.job("default" if name == OWN else PEERS[name].mode, self._rows, work, most_rows)
+        job = self._case.job(side.mode, self._rows, work, most_rows)
         env = surroundings(self._case.work)
         return started([*program, str(job)], log=work / "stderr.txt", env=env, patience=self._patience)
 
+    def _side(self, name: str) -> Peer:
+        return OURS if name == OWN else PEERS[name]
+
     def _program(self, name: str) -> list[str]:
-        if name == OWN:
-            return [sys.executable, str(PEERS_DIRECTORY / "llmtune_run.py")]
-        peer = PEERS[name]
-        return [interpreter(self._environments, peer.environment), str(PEERS_DIRECTORY / peer.driver)]
+        side = self._side(name)
+        return [interpreter(self._environments, side.environment), str(PEERS_DIRECTORY / side.driver)]
 
 
 def surroundings(root: Path) -> dict[str, str]:

@@ -10,7 +10,7 @@ import json
 import math
 import string
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
 
@@ -347,6 +347,7 @@ class Peer:
     flags: str
 
 
+OURS = Peer(environment=OWN, driver="llmtune_run.py", mode="lora", flags="bf16")
 PEERS: dict[str, Peer] = {
     "trl": Peer(environment="hf", driver="trl_sft.py", mode="default", flags="SFTTrainer as it comes"),
     "trl-best": Peer(
@@ -374,9 +375,7 @@ PEERS: dict[str, Peer] = {
     "litgpt": Peer(environment="litgpt", driver="litgpt_lora.py", mode="default", flags="bf16-true"),
     "soup-cli": Peer(environment="soup-cli", driver="soup_sft.py", mode="default", flags="as it comes"),
     "torchtune": Peer(environment="torchtune", driver="torchtune_lora.py", mode="default", flags="bf16"),
-    "qlora": Peer(
-        environment=OWN, driver="llmtune_run.py", mode="qlora", flags="llmtune itself on 4-bit weights (NF4)"
-    ),
+    "qlora": replace(OURS, mode="qlora", flags="llmtune itself on 4-bit weights (NF4)"),
 }
 REFERENCE = "trainer-fp32"
 MOST_ROWS = 8  # per forward pass: the default of Trainer and TRL

@@ -22,7 +22,7 @@ settings = {
     "data.path": JOB["texts"],
     "data.supervise": "all" if JOB["masked"] else "text",
     "data.eval_fraction": 0.0,
-    "train.method": "qlora" if JOB["mode"] == "qlora" else "lora",
+    "train.method": JOB["mode"],
     "train.max_steps": JOB["steps"],
     "train.global_batch_size": JOB["batch"],
     "train.learning_rate": JOB["learning_rate"],
