@@ -10,9 +10,11 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from operator import mul, truediv
+from typing import Any
 
 import psutil
 import pytest
+from loky import ProcessPoolExecutor
 
 from llmtune.data.workers import ordered_map, worker_count
 
@@ -50,6 +52,24 @@ def test_items_are_drawn_as_workers_become_free() -> None:
 def test_little_work_stays_in_this_process() -> None:
     assert worker_count(1_000, least_bytes=1_001) == 1
     assert 1 <= worker_count(1_001, least_bytes=1_001) <= (os.cpu_count() or 1)
+
+
+def test_an_interrupt_does_not_break_into_the_hand_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock of the executor's that is never given back would let it wait for ever when it is shut down."""
+    handed_over = []
+
+    class Interrupted(ProcessPoolExecutor):
+        def submit(self, *args: Any) -> Any:
+            signal.raise_signal(signal.SIGINT)
+            handed_over.append(args)
+            return super().submit(*args)
+
+    monkeypatch.setattr("loky.ProcessPoolExecutor", Interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        list(ordered_map(partial(mul, 1), range(8), processes=2))
+    assert len(handed_over) == 1
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 @pytest.mark.fault

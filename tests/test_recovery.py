@@ -455,7 +455,7 @@ def test_what_must_never_happen(one: Failure, under: Plan, history: list[Failure
         assert remedy.action in ("restart", "stop")
         assert remedy.changes["save"] is False
     if one.kind == "evaluation_out_of_memory":
-        assert remedy.action in ("smaller_evaluation", "stop")
+        assert remedy.action in ("smaller_evaluation", "chunk_loss", "stop")
     if one.evidence.get("rows") == 1:
         assert remedy.action not in ("split", "smaller_evaluation")
 
@@ -520,11 +520,9 @@ def test_the_rest_of_the_table() -> None:
     assert actions([failure("killed")] * 2) == ["restart", "stop"]
     assert actions([failure("killed", step) for step in (5, 6, 7)]) == ["restart"] * 3  # each time further
     assert actions([failure("hardware")] * 2) == ["restart", "stop"]
-    assert actions([failure("evaluation_out_of_memory", rows=rows) for rows in (4, 2, 1)]) == [
-        "smaller_evaluation",
-        "smaller_evaluation",
-        "stop",
-    ]
+    evaluations = [failure("evaluation_out_of_memory", rows=rows, loss_chunk_rows=512) for rows in (4, 2, 1, 1)]
+    assert actions(evaluations) == ["smaller_evaluation", "smaller_evaluation", "chunk_loss", "stop"]
+    assert actions([failure("evaluation_out_of_memory", rows=1)]) == ["stop"]
 
 
 # --- the account ------------------------------------------------------------------------------------------------------

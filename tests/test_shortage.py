@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,14 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from shortages import Ledger, RunsOut, changed_models
+from transformers.modeling_layers import GradientCheckpointingLayer
 from tuning import ROWS, evaluations, events, losses, tune, weights
 
 from llmtune import Plan
 from llmtune.data import Encoded, collate, collate_packed
 from llmtune.errors import RecoveryExhausted
 from llmtune.runs import RunDirectory
+from llmtune.training import memory_guard
 from llmtune.training.memory_guard import FRESH_SECONDS, MemoryGuard, OutOfMemoryError, bytes_left
 from llmtune.training.meter import is_out_of_memory
 from llmtune.training.recovery.policy import SMALL_LOSS_CHUNK
@@ -248,6 +251,17 @@ def test_evaluation_has_its_own_size(model: Path, tmp_path: Path, unharmed: Any)
     assert len(plans_of(tmp_path / "run")) == 1
 
 
+def test_an_evaluation_of_one_row_has_fewer_logits_at_once(model: Path, tmp_path: Path, unharmed: Any) -> None:
+    fault = RunsOut(above_rows=0, unless_chunked=SMALL_LOSS_CHUNK, in_evaluation=True)
+    harmed(model, tmp_path / "run", fault)
+    path, _ = unharmed()
+    for step, loss in evaluations(path).items():
+        assert evaluations(tmp_path / "run")[step] == pytest.approx(loss, abs=1e-5)
+    assert drift(tmp_path / "run", path) < 1e-6
+    told = [event for event in events(tmp_path / "run", "recovery") if event["action"] == "chunk_loss"]
+    assert [event["loss_chunk_rows"] for event in told] == [SMALL_LOSS_CHUNK]
+
+
 def test_answers_have_their_own_size(model: Path, tmp_path: Path) -> None:
     """Three prompts at once, then one; the answers are the same, and a metric sees them all."""
 
@@ -342,6 +356,36 @@ def test_a_pass_that_is_known_not_to_fit_is_not_begun() -> None:
         layers(50)
 
 
+class Growing(GradientCheckpointingLayer):
+    """A layer after which so many bytes more are resident."""
+
+    def __init__(self, resident: list[int], growth: int) -> None:
+        super().__init__()
+        self.resident, self.growth = resident, growth
+
+    def forward(self) -> None:
+        self.resident[0] += self.growth
+
+
+@pytest.mark.parametrize(("unused", "goes_on"), [(150, True), (50, False)])
+def test_what_the_heap_does_not_use_is_given_back_before_a_pass_is_broken_off(
+    monkeypatch: pytest.MonkeyPatch, unused: int, goes_on: bool
+) -> None:
+    resident, held, limit = [1000 * MIB], [unused * MIB], 1200 * MIB
+
+    def trim() -> None:
+        resident[0] -= held.pop() if held else 0
+
+    monkeypatch.setattr(memory_guard, "resident_bytes", lambda: resident[0])
+    monkeypatch.setattr(memory_guard, "trim_heap", trim)
+    layer = Growing(resident, 90 * MIB)
+    guard = MemoryGuard(layer, lambda: limit - resident[0])
+    with guard.watching(), nullcontext() if goes_on else pytest.raises(OutOfMemoryError, match=r"90\.0 MiB"):
+        layer()
+        layer()  # a third such step would not fit
+    assert resident[0] == (1180 - unused) * MIB
+
+
 def test_what_is_left_is_known_here() -> None:
     left = bytes_left()
     assert left is None or 0 < left < 2**50
@@ -350,10 +394,14 @@ def test_what_is_left_is_known_here() -> None:
 # --- ranks ------------------------------------------------------------------------------------------------------------
 
 TWO_RANKS = """
-import os, sys, json
+import atexit, os, sys, json
 import torch
 from shortages import Ledger, RunsOut, changed_models
 from tuning import ROWS, tune
+
+@atexit.register  # what is registered first is called last
+def tell():
+    print(json.dumps(told | {"parted": not torch.distributed.is_initialized()}), flush=True)
 
 model, output, fails = sys.argv[1:]
 rank = int(os.environ["RANK"])
@@ -361,7 +409,7 @@ fault = RunsOut(above_rows=2) if fails == "yes" and rank == 1 else RunsOut()
 with changed_models(fault):
     tune(model, __import__("pathlib").Path(output), max_steps=4, learning_rate=1e-4, probe=False, device="cpu",
          callbacks=[fault], **{"evaluate.every_steps": 4, "num_workers": 0})
-print(json.dumps({"rank": rank, "raised": fault.raised, "passes": fault.passes}), flush=True)
+told = {"rank": rank, "raised": fault.raised, "passes": fault.passes}
 """
 
 
@@ -377,6 +425,7 @@ def two_ranks(model: Path, output: Path, *, fails: bool) -> list[dict[str, Any]]
     done = subprocess.run([*launch, *how], capture_output=True, text=True, timeout=300, env=environment, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     told = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"rank"')]
+    assert [one["parted"] for one in told] == [True, True]  # else a thread of gloo's may abort a rank that is done
     return sorted(told, key=lambda one: int(one["rank"]))
 
 

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
-from llmtune.hardware import follow_parent
+from llmtune.hardware import follow_parent, undisturbed
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -53,7 +53,8 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], *, pr
     done = False
     try:
         for item in items:
-            waiting.append(pool.submit(_call, item))
+            with undisturbed():  # a lock of loky's that it kept would let shutdown wait for ever
+                waiting.append(pool.submit(_call, item))
             if len(waiting) >= processes * _AHEAD:
                 yield waiting.popleft().result()
         while waiting:

@@ -149,6 +149,7 @@ class FineTuner:
             arithmetic = tf32_products(job.plan.precision.value == "tf32")
             with account.told(run) if ranks.is_main else nullcontext(), stoppable(), arithmetic:
                 outcome = run_training(job, resume_from)
+                ranks.part_at_exit()
                 return account.finish(run, outcome) if ranks.is_main else RunResult.of(run)
 
     def evaluate(self) -> Verdict:

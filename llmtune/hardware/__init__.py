@@ -14,7 +14,7 @@ from llmtune.hardware.datasheet import nominal_rates
 from llmtune.hardware.detection import detect
 from llmtune.hardware.device import DeviceChoice, choose_device
 from llmtune.hardware.facts import DTYPES, Accelerator, Cpu, Hardware, Rates, Speed
-from llmtune.hardware.processes import follow_parent
+from llmtune.hardware.processes import follow_parent, undisturbed
 from llmtune.hardware.rates import cached_rates, measure_rates, note_rates, with_rates
 from llmtune.hardware.tensor_float import tf32_products
 from llmtune.hardware.threads import yield_cores
@@ -47,6 +47,7 @@ __all__ = [
     "nominal_rates",
     "note_rates",
     "tf32_products",
+    "undisturbed",
     "with_rates",
     "yield_cores",
 ]

@@ -80,6 +80,19 @@ def stoppable() -> Iterator[None]:
 
 
 @contextmanager
+def undisturbed() -> Iterator[None]:
+    """A short block that SIGTERM and SIGINT do not break into: what is sent meanwhile arrives at its end.
+
+    Only the main thread is broken into; elsewhere nothing changes.
+    """
+    sent: list[int] = []
+    with handling(lambda number, frame: sent.append(number)):
+        yield
+    for number in sent:
+        signal.raise_signal(number)
+
+
+@contextmanager
 def ending() -> Iterator[None]:
     """A block that writes down what has ended the process: SIGTERM and SIGINT, which would end it, change nothing.
 

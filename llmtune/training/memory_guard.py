@@ -50,6 +50,8 @@ class MemoryGuard:
         self._asked_at = -float("inf")
         self._reserve: int | None = None
         self._tokens, self._growth = 0, 0  # of the largest pass so far
+        # Of a pass: what was resident when it began, or when the heap had given back what it did not use.
+        self._start = 0
         # Of a watched block: the most that was resident, what was at the last look, the largest step between two looks.
         self._most, self._rise = 0, 0
         self._seen: int | None = None
@@ -62,18 +64,15 @@ class MemoryGuard:
             OutOfMemoryError: It would take more than there is.
         """
         self._ask()
-        start = resident_bytes()
         needed = self._needed(tokens)
-        if self._ceiling is not None and start + needed > self._ceiling:
-            start = self._make_room(needed, tokens)
+        self._start = self._most = self._require(needed, f"a pass of {tokens:,} tokens takes {format_bytes(needed)}")
         unknown = tokens > self._tokens
-        tight = self._ceiling is not None and start + COMFORT * needed > self._ceiling
-        self._most = start
+        tight = self._ceiling is not None and self._start + COMFORT * needed > self._ceiling
         peak_since_last_asked()
         with self.watching() if unknown or tight else nullcontext():
             yield
         peak = peak_since_last_asked()
-        growth = max(0, (self._most if peak is None else peak) - start)
+        growth = max(0, (self._most if peak is None else peak) - self._start)
         if unknown:
             self._tokens, self._growth = tokens, max(growth, self._growth)
         else:
@@ -119,13 +118,19 @@ class MemoryGuard:
         """What a pass of so many tokens takes beside what is there, going by the largest so far."""
         return round(self._growth * tokens / self._tokens) if self._tokens else 0
 
-    def _make_room(self, needed: int, tokens: int) -> int:
-        """Give the heap's unused pages back and look again; returns what is resident then."""
-        trim_heap()
-        self._ask(now=True)
+    def _require(self, coming: int, what: str) -> int:
+        """What is resident when there is room for ``coming`` bytes more; the heap gives its unused pages for it."""
         resident = resident_bytes()
-        if self._ceiling is not None and resident + needed > self._ceiling:
-            raise self._error(f"a pass of {tokens:,} tokens takes {format_bytes(needed)}", resident)
+        if self._ceiling is not None and resident + coming > self._ceiling:
+            trim_heap()
+            self._ask(now=True)
+            resident = resident_bytes()
+            self._start = min(self._start, resident)
+            if self._ceiling is not None and resident + coming > self._ceiling:
+                raise OutOfMemoryError(
+                    f"memory guard: {what}, {format_bytes(resident)} are resident, and the kernel kills above "
+                    f"{format_bytes(self._ceiling + (self._reserve or 0))}"
+                )
         return resident
 
     # ------------------------------------------------------------------ while a pass runs
@@ -163,17 +168,9 @@ class MemoryGuard:
         resident = resident_bytes()
         if self._seen is not None:
             self._rise = max(self._rise, resident - self._seen)
-        self._seen, self._most = resident, max(self._most, resident)
+        self._most = max(self._most, resident)
         coming = max(coming, self._rise)
-        if self._ceiling is not None and resident + coming > self._ceiling:
-            raise self._error(f"the next part of this pass may take {format_bytes(coming)}", resident)
-
-    def _error(self, what: str, resident: int) -> OutOfMemoryError:
-        assert self._ceiling is not None
-        return OutOfMemoryError(
-            f"memory guard: {what}, {format_bytes(resident)} are resident, and the kernel kills above "
-            f"{format_bytes(self._ceiling + (self._reserve or 0))}"
-        )
+        self._seen = self._require(coming, f"the next part of this pass may take {format_bytes(coming)}")
 
 
 def guards(device: torch.device) -> bool:

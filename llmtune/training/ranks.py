@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,6 +51,16 @@ class Ranks:
     def wait(self) -> None:
         """Until every rank is here."""
         self._state.wait_for_everyone()
+
+    def part_at_exit(self) -> None:
+        """Let the interpreter, when it ends, first wait for the threads that have talked to the other ranks.
+
+        gloo's threads let go of tensors a moment after their sender has gone on, and need the interpreter for it; one
+        that finds it gone aborts the process. After a failure they may be waiting for ranks that are gone, so this is
+        for work that is done. With NCCL a rank that is done would wait for those that are not.
+        """
+        if self.size > 1 and self._state.backend == "gloo":
+            atexit.register(self._state.destroy_process_group)
 
     @contextmanager
     def main_first(self) -> Iterator[None]:

@@ -21,7 +21,7 @@ from llmtune.data import IGNORED, EncodedDataset, padded, pass_width
 from llmtune.errors import RecoveryExhausted, TrainingError
 from llmtune.kernels.head import attach_loss, attached_rows
 from llmtune.training.meter import free_caches, is_out_of_memory
-from llmtune.training.recovery import Failure, FailureKind
+from llmtune.training.recovery import Failure, FailureKind, Remedy
 from llmtune.training.updates import Update
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ class Replays:
         """Apply the next remedy; returns the update as it is cut now."""
         trainer, recoveries = self._trainer, self._trainer.recoveries
         worst = min(failures, key=lambda one: (one.rows > 1, one.tokens, one.rank))
-        evidence = {"phase": "step", **asdict(worst), "loss_chunk_rows": attached_rows(trainer.model) or 0}
+        evidence = {"phase": "step", **asdict(worst)} | self._loss_chunk()
         failure = _failure("out_of_memory", trainer.state.global_step, evidence)
         remedy = recoveries.decide(failure)
         changes: dict[str, Any]
@@ -137,15 +137,14 @@ class Replays:
             changes = {"activation_checkpointing": True, "checkpoint_every": 1}
             changes |= {"activation_offload": True} if offload else {}
         elif remedy.action == "chunk_loss":
-            changes = dict(remedy.changes)
-            attach_loss(trainer.model, chunk_rows=int(changes["loss_chunk_rows"]))
+            changes = self._chunk_loss(remedy)
         else:
             raise _too_long(failure, self._data, worst.row, worst.tokens, remedy.reason)
         recoveries.took(failure, remedy, changes)
         return update
 
     def smaller_evaluation(self, error: str, data: EncodedDataset, token_budget: int) -> int:
-        """The token budget to evaluate ``data`` with after ``token_budget`` was too much.
+        """The token budget to evaluate ``data`` with after ``token_budget`` was too much; the same for smaller chunks.
 
         Raises:
             RecoveryExhausted: One row alone does not fit; names the longest.
@@ -156,13 +155,24 @@ class Replays:
         longest = pass_width(int(data.lengths[row]), 1, multiple)
         rows = 1 if token_budget <= longest else max(2, token_budget // longest)
         evidence = {"phase": "evaluation", "rows": rows, "tokens": token_budget, "error": first_line(error)}
+        evidence |= self._loss_chunk()
         failure = _failure("evaluation_out_of_memory", trainer.state.global_step, evidence)
         remedy = recoveries.decide(failure)
-        if remedy.action != "smaller_evaluation" or rows == 1:
+        if remedy.action == "chunk_loss":
+            recoveries.took(failure, remedy, self._chunk_loss(remedy))
+            return token_budget
+        if remedy.action != "smaller_evaluation":
             raise _too_long(failure, data, row, longest, remedy.reason)
         smaller = longest if token_budget < 3 * longest else token_budget // 2 // multiple * multiple
         recoveries.took(failure, remedy, {"evaluation_token_budget": smaller})
         return smaller
+
+    def _loss_chunk(self) -> dict[str, int]:
+        return {"loss_chunk_rows": attached_rows(self._trainer.model) or 0}
+
+    def _chunk_loss(self, remedy: Remedy) -> dict[str, Any]:
+        attach_loss(self._trainer.model, chunk_rows=int(remedy.changes["loss_chunk_rows"]))
+        return dict(remedy.changes)
 
 
 # ------------------------------------------------------------------ cutting

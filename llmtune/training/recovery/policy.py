@@ -183,7 +183,7 @@ def _keeps_them_on_device(failure: Failure, plan: Plan) -> bool:
 
 
 def _has_large_chunks(failure: Failure, plan: Plan) -> bool:
-    return _in_step(failure) and int(failure.evidence.get("loss_chunk_rows", 0)) > SMALL_LOSS_CHUNK
+    return int(failure.evidence.get("loss_chunk_rows", 0)) > SMALL_LOSS_CHUNK
 
 
 def _halved(failure: Failure, taken: Sequence[Attempt]) -> Mapping[str, Any] | None:
@@ -207,6 +207,12 @@ def _mendable(failure: Failure, plan: Plan) -> bool:
     return failure.evidence.get("mendable") is not False
 
 
+_CHUNK_LOSS = Rung(
+    action="chunk_loss",
+    why="logits exist for fewer rows at once",
+    applies=_has_large_chunks,
+    changes=lambda failure, taken: {"loss_chunk_rows": SMALL_LOSS_CHUNK},
+)
 _ROLL_BACK = Rung(
     action="roll_back",
     why="back to the last healthy checkpoint with a lower learning rate; the window is skipped",
@@ -238,12 +244,7 @@ LADDERS: Mapping[FailureKind, tuple[Rung, ...]] = {
             applies=_keeps_them_on_device,
             changes=lambda failure, taken: {"activation_offload": True},
         ),
-        Rung(
-            action="chunk_loss",
-            why="logits exist for fewer rows at once",
-            applies=_has_large_chunks,
-            changes=lambda failure, taken: {"loss_chunk_rows": SMALL_LOSS_CHUNK},
-        ),
+        _CHUNK_LOSS,
     ),
     "evaluation_out_of_memory": (
         Rung(
@@ -254,6 +255,7 @@ LADDERS: Mapping[FailureKind, tuple[Rung, ...]] = {
             applies=lambda failure, plan: failure.evidence.get("rows") != 1,
             changes=_halved,
         ),
+        _CHUNK_LOSS,
     ),
     "non_finite": (
         Rung(action="skip_update", why="the update is dropped, the weights stay", times="skips"),
