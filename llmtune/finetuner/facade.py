@@ -138,6 +138,7 @@ class FineTuner:
         run, continued = self._open_run(ranks, self._identity(model, data), inputs.name, request, plan)
         if run.run["status"] == "finished" and (continued is None or not continued.extends):
             speaker.say(f"{run.path} is finished; nothing to do")
+            ranks.part_at_exit()
             return RunResult.of(run)
         with run.lock() if ranks.is_main else nullcontext():
             try:

@@ -86,10 +86,12 @@ def undisturbed() -> Iterator[None]:
     Only the main thread is broken into; elsewhere nothing changes.
     """
     sent: list[int] = []
-    with handling(lambda number, frame: sent.append(number)):
-        yield
-    for number in sent:
-        signal.raise_signal(number)
+    try:
+        with handling(lambda number, frame: sent.append(number)):
+            yield
+    finally:
+        for number in sent:
+            signal.raise_signal(number)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -60,7 +61,11 @@ class Ranks:
         for work that is done. With NCCL a rank that is done would wait for those that are not.
         """
         if self.size > 1 and self._state.backend == "gloo":
-            atexit.register(self._state.destroy_process_group)
+            atexit.register(self._part)
+
+    def _part(self) -> None:
+        gc.collect()  # the model as it was wrapped for training is garbage by now, and would keep the threads alive
+        self._state.destroy_process_group()
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
