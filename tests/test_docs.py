@@ -1,11 +1,14 @@
-"""Documentation that is run: the README's commands exist and work, the examples train and the loss falls."""
+"""Documentation that is run: the README's commands exist, examples train, benchmarks are up to date."""
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
 import sys
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -33,6 +36,23 @@ def test_every_exit_code_of_the_errors_is_in_the_readme() -> None:
 def test_every_file_the_readme_links_is_there() -> None:
     for target in re.findall(r"\]\(([^)h#][^)]*)\)", README):
         assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "tests" / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_a_benchmark_asks_for_what_there_is(script: Path) -> None:
+    """They run for minutes and by hand; what they import, also late, must not have been renamed meanwhile."""
+    asked = [
+        node for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom)
+    ]
+    ours = [
+        (node.module, each.name) for node in asked if (node.module or "").startswith("llmtune") for each in node.names
+    ]
+    missing = [
+        f"{module}.{name}"
+        for module, name in ours
+        if not hasattr(import_module(str(module)), name) and find_spec(f"{module}.{name}") is None
+    ]
+    assert missing == []
 
 
 @pytest.mark.slow

@@ -188,7 +188,7 @@ def bench_cache(path: Path, tokenizer: Any, directory: Path) -> dict[str, Any]:
 def bench_batches(lengths: np.ndarray, token_budget: int) -> list[dict[str, Any]]:
     """Padding and packing inside effective batches of one epoch."""
     from llmtune.data import Part, epoch_order, micro_batches, pack_rows, padded
-    from llmtune.planning.batching import PASS_OVERHEAD_TOKENS
+    from llmtune.planning.batching import CPU_PASS_OVERHEAD_TOKENS
 
     order = epoch_order([Part(num_rows=len(lengths))], 42, 0)
     found = []
@@ -203,7 +203,7 @@ def bench_batches(lengths: np.ndarray, token_budget: int) -> list[dict[str, Any]
                 rows,
                 token_budget=token_budget,
                 pad_multiple=8,
-                pass_overhead_tokens=PASS_OVERHEAD_TOKENS["cpu"],
+                pass_overhead_tokens=CPU_PASS_OVERHEAD_TOKENS,
             )
             seconds.append(time.perf_counter() - start)
             filled += sum(len(piece) * padded(int(lengths[piece].max()), 8) for piece in pieces)
