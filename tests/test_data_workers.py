@@ -10,11 +10,9 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from operator import mul, truediv
-from typing import Any
 
 import psutil
 import pytest
-from loky import ProcessPoolExecutor
 
 from llmtune.data.workers import ordered_map, worker_count
 
@@ -54,22 +52,44 @@ def test_little_work_stays_in_this_process() -> None:
     assert 1 <= worker_count(1_001, least_bytes=1_001) <= (os.cpu_count() or 1)
 
 
-def test_an_interrupt_does_not_break_into_the_hand_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A lock of the executor's that is never given back would let it wait for ever when it is shut down."""
-    handed_over = []
+# After the first result, an interrupt where a lock of Python's own has just been taken: when the next item is handed
+# over, or when the next result is waited for. Where no such lock is taken it comes after a second.
+INTERRUPTED = """
+import os, signal, sys, threading, time
+from llmtune.data.workers import ordered_map
 
-    class Interrupted(ProcessPoolExecutor):
-        def submit(self, *args: Any) -> Any:
-            signal.raise_signal(signal.SIGINT)
-            handed_over.append(args)
-            return super().submit(*args)
+armed, waiting, enter = False, sys.argv[1] == "waiting", threading.Condition.__enter__
 
-    monkeypatch.setattr("loky.ProcessPoolExecutor", Interrupted)
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        list(ordered_map(partial(mul, 1), range(8), processes=2))
-    assert len(handed_over) == 1
-    assert signal.getsignal(signal.SIGINT) is before
+def interrupted(condition):
+    global armed
+    taken = enter(condition)
+    here = not waiting or signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if armed and here and threading.current_thread() is threading.main_thread():
+        armed = False
+        signal.raise_signal(signal.SIGINT)
+    return taken
+
+threading.Condition.__enter__ = interrupted
+try:
+    for result in ordered_map(time.sleep, [0.01] + [600] * 8, processes=2):
+        late = threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT))
+        late.daemon = True
+        late.start()
+        armed = True
+except KeyboardInterrupt:
+    armed = False
+    late.cancel()
+    print("interrupted")
+"""
+
+
+@pytest.mark.fault
+@pytest.mark.parametrize("when", ["handing over", "waiting"])
+def test_an_interrupt_leaves_no_lock_taken(when: str) -> None:
+    """One of the executor's or of a pending future's would let it wait for ever when it is shut down."""
+    command = [sys.executable, "-c", INTERRUPTED, when]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "interrupted\n"
 
 
 @pytest.mark.fault

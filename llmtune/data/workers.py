@@ -6,6 +6,7 @@ import gc
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from llmtune.hardware import follow_parent, undisturbed
@@ -49,16 +50,19 @@ def ordered_map(function: Callable[[Item], Result], items: Iterable[Item], *, pr
     pool = ProcessPoolExecutor(
         max_workers=processes, initializer=_install, initargs=(function, os.getpid()), env=_ENVIRONMENT
     )
-    waiting: deque[Any] = deque()
+    # Each gets its future when that is done. An interrupt that leaves a lock of the executor's or of a pending future's
+    # taken lets shutdown wait for ever: handing over is not broken into, and waiting takes no such lock.
+    waiting: deque[SimpleQueue[Any]] = deque()
     done = False
     try:
         for item in items:
-            with undisturbed():  # a lock of loky's that it kept would let shutdown wait for ever
-                waiting.append(pool.submit(_call, item))
+            waiting.append(SimpleQueue())
+            with undisturbed():
+                pool.submit(_call, item).add_done_callback(waiting[-1].put)
             if len(waiting) >= processes * _AHEAD:
-                yield waiting.popleft().result()
+                yield waiting.popleft().get().result()
         while waiting:
-            yield waiting.popleft().result()
+            yield waiting.popleft().get().result()
         done = True
     finally:
         pool.shutdown(wait=True, kill_workers=not done)
