@@ -650,6 +650,7 @@ class Terminal:
         return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
 
     def _read(self) -> None:
+        assert select.select([self._fd], [], [], 120)[0], f"waits for an answer: {self.seen}"
         part = os.read(self._fd, 65536)
         if not part:
             raise OSError("closed")
