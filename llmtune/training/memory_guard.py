@@ -65,7 +65,8 @@ class MemoryGuard:
         """
         self._ask()
         needed = self._needed(tokens)
-        self._start = self._most = self._require(needed, f"a pass of {tokens:,} tokens takes {format_bytes(needed)}")
+        told = f"a pass of {tokens:,} tokens takes {format_bytes(needed)}"
+        self._start = self._most = self._require_room(needed, told)
         unknown = tokens > self._tokens
         tight = self._ceiling is not None and self._start + COMFORT * needed > self._ceiling
         peak_since_last_asked()
@@ -118,7 +119,7 @@ class MemoryGuard:
         """What a pass of so many tokens takes beside what is there, going by the largest so far."""
         return round(self._growth * tokens / self._tokens) if self._tokens else 0
 
-    def _require(self, coming: int, what: str) -> int:
+    def _require_room(self, coming: int, what: str) -> int:
         """What is resident when there is room for ``coming`` bytes more; the heap gives its unused pages for it."""
         resident = resident_bytes()
         if self._ceiling is not None and resident + coming > self._ceiling:
@@ -170,7 +171,7 @@ class MemoryGuard:
             self._rise = max(self._rise, resident - self._seen)
         self._most = max(self._most, resident)
         coming = max(coming, self._rise)
-        self._seen = self._require(coming, f"the next part of this pass may take {format_bytes(coming)}")
+        self._seen = self._require_room(coming, f"the next part of this pass may take {format_bytes(coming)}")
 
 
 def guards(device: torch.device) -> bool:

@@ -121,7 +121,7 @@ class Replays:
         """Apply the next remedy; returns the update as it is cut now."""
         trainer, recoveries = self._trainer, self._trainer.recoveries
         worst = min(failures, key=lambda one: (one.rows > 1, one.tokens, one.rank))
-        evidence = {"phase": "step", **asdict(worst)} | self._loss_chunk()
+        evidence = {"phase": "step", **asdict(worst)} | self._chunk_evidence()
         failure = _failure("out_of_memory", trainer.state.global_step, evidence)
         remedy = recoveries.decide(failure)
         changes: dict[str, Any]
@@ -137,14 +137,16 @@ class Replays:
             changes = {"activation_checkpointing": True, "checkpoint_every": 1}
             changes |= {"activation_offload": True} if offload else {}
         elif remedy.action == "chunk_loss":
-            changes = self._chunk_loss(remedy)
+            changes = self._shrink_chunks(remedy)
         else:
             raise _too_long(failure, self._data, worst.row, worst.tokens, remedy.reason)
         recoveries.took(failure, remedy, changes)
         return update
 
     def smaller_evaluation(self, error: str, data: EncodedDataset, token_budget: int) -> int:
-        """The token budget to evaluate ``data`` with after ``token_budget`` was too much; the same for smaller chunks.
+        """The token budget to evaluate ``data`` with after ``token_budget`` was too much.
+
+        It is the same one again where a row alone is too much and fewer logits at once may help.
 
         Raises:
             RecoveryExhausted: One row alone does not fit; names the longest.
@@ -155,11 +157,11 @@ class Replays:
         longest = pass_width(int(data.lengths[row]), 1, multiple)
         rows = 1 if token_budget <= longest else max(2, token_budget // longest)
         evidence = {"phase": "evaluation", "rows": rows, "tokens": token_budget, "error": first_line(error)}
-        evidence |= self._loss_chunk()
+        evidence |= self._chunk_evidence()
         failure = _failure("evaluation_out_of_memory", trainer.state.global_step, evidence)
         remedy = recoveries.decide(failure)
         if remedy.action == "chunk_loss":
-            recoveries.took(failure, remedy, self._chunk_loss(remedy))
+            recoveries.took(failure, remedy, self._shrink_chunks(remedy))
             return token_budget
         if remedy.action != "smaller_evaluation":
             raise _too_long(failure, data, row, longest, remedy.reason)
@@ -167,10 +169,10 @@ class Replays:
         recoveries.took(failure, remedy, {"evaluation_token_budget": smaller})
         return smaller
 
-    def _loss_chunk(self) -> dict[str, int]:
+    def _chunk_evidence(self) -> dict[str, int]:
         return {"loss_chunk_rows": attached_rows(self._trainer.model) or 0}
 
-    def _chunk_loss(self, remedy: Remedy) -> dict[str, Any]:
+    def _shrink_chunks(self, remedy: Remedy) -> dict[str, Any]:
         attach_loss(self._trainer.model, chunk_rows=int(remedy.changes["loss_chunk_rows"]))
         return dict(remedy.changes)
 
