@@ -99,11 +99,19 @@ def _show(report: DataReport, as_json: bool) -> None:
     from llmtune.reporting import data_account
 
     account = data_account(report.to_json())
+    if report.problems:
+        found = report.problems[:MOST_PROBLEMS]
+        shown = [(p.place, p.field, f"{p.problem}; {p.hint}" if p.hint else p.problem) for p in found]
+        speaker.table("Problems", ("where", "field", "problem"), shown)
+    if report.num_problems > MOST_PROBLEMS:
+        speaker.show(f"… and {report.num_problems - MOST_PROBLEMS:,} more problems; --json lists up to 10,000.")
     facts: list[tuple[str, object]] = [
         ("format", f"{report.format} ({report.reason})"),
         ("rows", f"{report.rows:,}, {report.bad_rows:,} of them with a problem"),
         ("size", format_bytes(report.bytes)),
     ]
+    if report.unused:
+        facts.append(("not used", ", ".join(report.unused)))
     facts += [(spread.name, _plain(spread.values)) for spread in account.spreads]
     facts += [(name, _plain(value)) for name, value in (*account.text, *account.supervision)]
     if account.complexity is not None:
@@ -116,12 +124,9 @@ def _show(report: DataReport, as_json: bool) -> None:
     if report.advice:
         advice = [(each.severity, f"{each.finding}. {each.suggestion}") for each in report.advice]
         speaker.table("Advice", ("", "what and why"), advice)
-    if report.problems:
-        found = report.problems[:MOST_PROBLEMS]
-        shown = [(p.place, p.field, f"{p.problem}; {p.hint}" if p.hint else p.problem) for p in found]
-        speaker.table("Problems", ("where", "field", "problem"), shown)
-    if report.num_problems > MOST_PROBLEMS:
-        speaker.show(f"… and {report.num_problems - MOST_PROBLEMS:,} more problems; --json lists up to 10,000.")
+    if report.not_trainable is not None:
+        speaker.warn(report.not_trainable)
+    speaker.show(report.verdict)
 
 
 def _plain(value: object) -> str:

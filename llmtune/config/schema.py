@@ -89,6 +89,7 @@ class DataConfig(Group):
     eval_path: str | None = Field(None, description="evaluation data; without it a share of the rows is held out")
     format: str | None = Field(None, description="chat, sharegpt, alpaca, prompt_completion, question_answer, text")
     columns: dict[str, str] = Field(default_factory=dict, description="field of the format -> column of the data")
+    ignore_columns: tuple[str, ...] = Field((), description="columns to treat as if they were not there")
     max_length: Annotated[int, Field(ge=16)] | None = Field(None, description="longest row in tokens")
     too_long: TooLong = Field(
         "refuse", description="rows longer than max_length: refuse, drop, cut left or whole turns"

@@ -14,7 +14,7 @@ from llmtune.data.masks import ChatEncoder, Encoded
 from llmtune.data.packing import IGNORED, collate_packed, pack_rows
 from llmtune.data.partition import micro_batches, padded, pass_tokens, pass_width, shard_rows
 from llmtune.data.preview import preview
-from llmtune.data.reading import Reading, read, summarise
+from llmtune.data.reading import Reading, ignored_names, read, summarise
 from llmtune.data.records import (
     Conversation,
     DataStats,
@@ -29,6 +29,7 @@ from llmtune.data.source import Source, resolve
 from llmtune.data.split import split
 from llmtune.data.supervision import Supervision, require_supervised
 from llmtune.data.survey import Survey, survey
+from llmtune.data.unread import sentence as unused_sentence
 
 __all__ = [
     "FORMATS",
@@ -65,6 +66,7 @@ __all__ = [
     "encode",
     "epoch_order",
     "epoch_rows",
+    "ignored_names",
     "micro_batches",
     "pack_rows",
     "padded",
@@ -78,5 +80,6 @@ __all__ = [
     "split",
     "summarise",
     "survey",
+    "unused_sentence",
     "write_fixed",
 ]

@@ -12,10 +12,11 @@ import numpy as np
 
 from llmtune.data.advice import Advice, advise
 from llmtune.data.duplicates import SIGNATURE_BYTES, Duplicates, Leakage, duplicate_groups
-from llmtune.data.reading import Reading, bad_rows_error, readings_of
+from llmtune.data.reading import Reading, bad_rows_error, ignored_names, not_trainable, readings_of
 from llmtune.data.records import Problem
 from llmtune.data.scan import Scanner, ScanTally, scan
 from llmtune.data.supervision import Supervision
+from llmtune.data.unread import sentence
 
 _SHOWN = 20  # problems that are printed
 
@@ -26,7 +27,8 @@ class DataReport:
 
     ``problems``: the first 10,000 of ``num_problems``, in the order of files and lines. ``supervision`` and ``leakage``
     are known once the rows were encoded for a model, and compared with evaluation data. ``dropped_duplicates``: rows
-    that a run left out because they repeat others.
+    that a run left out because they repeat others. ``unused``: names of columns and parts that hold something and are
+    not read. ``not_trainable``: why ``train`` cannot use this data, None where it can.
     """
 
     format: str
@@ -39,6 +41,8 @@ class DataReport:
     statistics: Mapping[str, Any]
     duplicates: Duplicates
     dropped_duplicates: int = 0
+    unused: tuple[str, ...] = ()
+    not_trainable: str | None = None
     advice: tuple[Advice, ...] = ()
     supervision: Supervision | None = None
     leakage: Leakage | None = None
@@ -48,9 +52,25 @@ class DataReport:
         """Whether every row can be used."""
         return not self.problems
 
+    @property
+    def verdict(self) -> str:
+        """What came out, in one line."""
+        if self.bad_rows:
+            have = "has a problem" if self.bad_rows == 1 else "have problems"
+            return (
+                f"{self.bad_rows:,} of {self.rows:,} rows {have}; write the good ones with --fix good.jsonl"
+                if self.bad_rows < self.rows
+                else f"{self.bad_rows:,} of {self.rows:,} rows {have}; there is nothing to train on"
+            )
+        if self.not_trainable:
+            return f"0 of {self.rows:,} rows have problems, but train cannot use {self.format} data"
+        return f"0 of {self.rows:,} rows have problems"
+
     def __str__(self) -> str:
         """What there is, what is wrong with it and what would be worth doing, a line each."""
         lines = [f"{self.rows:,} rows, {self.format} ({self.reason}), {self.bad_rows:,} of them with a problem"]
+        lines += [sentence(self.unused)] if self.unused else []
+        lines += [f"warning: {self.not_trainable}"] if self.not_trainable else []
         lines += [f"  {problem}; {problem.hint}" for problem in self.problems[:_SHOWN]]
         if self.num_problems > _SHOWN:
             lines.append(f"  and {self.num_problems - _SHOWN:,} more problems")
@@ -79,6 +99,8 @@ class DataReport:
             "statistics": dict(self.statistics),
             "duplicates": self.duplicates.to_json(),
             "dropped_duplicates": self.dropped_duplicates,
+            "unused_columns": list(self.unused),
+            "trainable": self.not_trainable is None,
             "advice": [each.to_json() for each in self.advice],
         }
         if self.supervision is not None:
@@ -131,6 +153,8 @@ def data_report(readings: Sequence[Reading], tally: ScanTally, *, near_duplicate
         problems=tuple(tally.problems),
         statistics=statistics,
         duplicates=duplicates,
+        unused=tally.unused.names(ignored_names(readings)),
+        not_trainable=next((not_trainable(reading) for reading in readings if not reading.format.trainable), None),
         advice=advise(statistics, duplicates) if tally.rows > tally.bad_rows else (),
     )
 

@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, AnyStr, BinaryIO, TextIO
 
+from llmtune.data.arrow_json import row_decoder
 from llmtune.data.records import Problem, SourceRow
 from llmtune.data.strict_json import MAX_ROW_BYTES, invalid_utf8, parse_object, read_array, too_large
 from llmtune.errors import DataError
@@ -299,6 +300,7 @@ def _rows_of_batches(
 ) -> Iterator[SourceRow | Problem]:
     number = first_line
     for batch in batches:
+        decode = row_decoder(batch.schema)
         for part in (batch.slice(start, _BATCH_ROWS) for start in range(0, batch.num_rows, _BATCH_ROWS)):
             try:
                 rows: list[Any] = part.to_pylist()
@@ -315,7 +317,8 @@ def _rows_of_batches(
                         row_group=row_group,
                     )
                 else:
-                    yield SourceRow(file=name, line=number, value=row, row_group=row_group)
+                    value = row if decode is None else decode(row)
+                    yield SourceRow(file=name, line=number, value=value, row_group=row_group)
                 number += 1
 
 

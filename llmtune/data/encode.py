@@ -20,6 +20,7 @@ from llmtune.data.records import Chunk, Conversation, Document, Problem, Record,
 from llmtune.data.spans import Supervise
 from llmtune.data.supervision import SupervisionTally
 from llmtune.data.truncation import TooLong, left_out, shorten
+from llmtune.data.unread import UnusedTally
 from llmtune.data.workers import ordered_map, worker_count
 from llmtune.errors import DataError
 
@@ -123,7 +124,7 @@ class _Job:
         """The same for jobs that give the same rows and facts."""
         parts = [
             ENCODER_VERSION,
-            [[each.source.fingerprint, each.format.title, sorted(each.columns.items())] for each in self.readings],
+            [_read_as(each) for each in self.readings],
             tokenizer_fingerprint(self.encoder.tokenizer),
             self.encoder.template,
             self.encoder.supervise,
@@ -147,6 +148,8 @@ class _Job:
                 yield _Piece(part=part, file=chunk.file, tally=tally, rows=_columns(rows))
                 tally, num_tokens, rows = self.start(), 0, []
             tally.rows += 1
+            if record is not None and (record.unused or record.extra_keys):
+                tally.unused.add(record.unused, record.extra_keys)
             if record is None or not isinstance(result, Encoded):
                 problems = result if isinstance(result, list) else []
                 tally.bad([_placed(problem, reading, chunk) for problem in problems])
@@ -178,6 +181,12 @@ class _Job:
         return cut.encoded
 
 
+def _read_as(reading: Reading) -> list[Any]:
+    """Return what decides how the rows of a reading are read."""
+    read_as = [reading.source.fingerprint, reading.format.title, list(reading.format.required), reading.forced]
+    return [*read_as, sorted(reading.columns.items()), sorted(reading.ignored)]
+
+
 def _placed(problem: Problem, reading: Reading, chunk: Chunk) -> Problem:
     # An encoder knows a record's file and line alone; a chunk of Parquet is one row group.
     if reading.source.container != "parquet" or problem.row_group is not None:
@@ -197,6 +206,7 @@ class _Tally:
     too_long: int = 0
     too_long_at: list[str] = field(default_factory=list)
     longest: int = 0
+    unused: UnusedTally = field(default_factory=UnusedTally)
 
     def bad(self, problems: list[Problem]) -> None:
         self.bad_rows += 1
@@ -212,6 +222,7 @@ class _Tally:
         self.too_long += other.too_long
         self.too_long_at += other.too_long_at[: _KEPT_TOO_LONG - len(self.too_long_at)]
         self.longest = max(self.longest, other.longest)
+        self.unused.merge(other.unused)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -258,6 +269,7 @@ def _write(path: Path, job: _Job, processes: int, progress: Callable[[int], None
             too_long=tally.too_long,
             too_long_at=tuple(tally.too_long_at),
             longest=tally.longest,
+            unused=tally.unused.names(),
             supervision=tally.supervision.supervision(),
         )
         writer.commit(facts, [label for reading in job.readings for label in reading.source.labels])

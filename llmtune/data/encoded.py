@@ -33,6 +33,7 @@ class TableFacts:
         too_long: Rows left out for their length.
         too_long_at: Where the first of them are.
         longest: Tokens of the longest row, left out or not.
+        unused: Names of columns and parts that hold something and are not in the encoded rows.
         supervision: What is learned, counted over the encoded rows.
     """
 
@@ -44,6 +45,7 @@ class TableFacts:
     too_long: int
     too_long_at: tuple[str, ...]
     longest: int
+    unused: tuple[str, ...]
     supervision: Supervision
 
     @classmethod
@@ -61,6 +63,7 @@ class TableFacts:
                 "part_rows": tuple(document["part_rows"]),
                 "problems": tuple(problems),
                 "too_long_at": tuple(map(now, document["too_long_at"])),
+                "unused": tuple(document["unused"]),
                 "supervision": Supervision.from_fields(document["supervision"], now),
             }
         )
@@ -117,6 +120,7 @@ class EncodedDataset:
         self.facts = TableFacts.from_json(document, renamed)
         self._mapped = pa.memory_map(str(self._path))
         reader = pa.ipc.open_file(self._mapped)
+        self._signature_bytes: int = reader.schema.field("signature").type.byte_width
         batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         self._columns = [_Columns(batch) for batch in batches]
         self._starts = np.cumsum([0, *(len(columns.line) for columns in self._columns)])
@@ -150,8 +154,7 @@ class EncodedDataset:
     @property
     def signatures(self) -> NDArray[np.uint8]:
         """MinHash of each row, see `signature`, uint8 [rows, bytes]."""
-        width = self._columns[0].signature.shape[1] if self._columns else 1
-        parts = [np.zeros((0, width), np.uint8), *(columns.signature for columns in self._columns)]
+        parts = [np.zeros((0, self._signature_bytes), np.uint8), *(columns.signature for columns in self._columns)]
         signatures: NDArray[np.uint8] = np.concatenate(parts)
         return signatures if self._rows is None else signatures[self._rows]
 

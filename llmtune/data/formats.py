@@ -3,46 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Any
 
-from llmtune.data.messages import (
-    RowReporter,
-    Turn,
-    answered,
-    check_order,
-    collected,
-    is_list,
-    kind_of,
-    objects,
-    parsed_json,
-    plain_chat,
-    read_messages,
-    role_hint,
-    tool_calls,
-)
-from llmtune.data.records import Conversation, Document, Message, PreferencePair, Problem, Record, SourceRow
+from llmtune.data import conversions
+from llmtune.data.conversions import Converter, verdict
+from llmtune.data.messages import plain_chat
+from llmtune.data.records import Problem, Record, SourceRow
+from llmtune.data.reporter import RowReporter
 
-_SHAREGPT_ROLES = {
-    "system": "system",
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "chatgpt": "assistant",
-    "function_call": "assistant",
-    "observation": "tool",
-    "tool": "tool",
-}
-
-Converter = Callable[[Mapping[str, Any], RowReporter], Record | None]
+# Fields that belong to a conversation whatever its turns are called.
+_SURROUNDINGS = ("system", "history", "tools", "functions")
+_PROMPT_PARTS = ("context", "input")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Format:
-    """One shape of rows. ``required`` fields recognise it, ``optional`` ones are read too.
+    """One shape of rows.
 
-    ``plain``: the fast way for a row without anything odd; None from it means that ``converter`` must look.
+    Attributes:
+        name: What ``data.format`` calls it; several shapes may share a name.
+        title: What messages call it.
+        required: Fields that recognise it.
+        optional: Further fields that are read.
+        trainable: Whether supervised fine-tuning can use it.
+        converter: Makes a record of a row.
+        plain: Fast way for a row without anything odd; None from it means that ``converter`` must look.
+        instead: For a shape that is not trainable, the settings under which its answers can be learned.
+        fields: Every field that is read.
     """
 
     name: str
@@ -52,19 +40,24 @@ class Format:
     trainable: bool = True
     converter: Converter
     plain: Callable[[SourceRow], Record | None] | None = None
+    instead: str = ""
+    fields: frozenset[str] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fields", frozenset((*self.required, *self.optional)))
 
     def has_fields(self, row: Mapping[str, Any]) -> bool:
-        """Whether ``row`` has what is required. A null field counts as absent: tables have it in every row."""
+        """Return whether ``row`` has what is required. A null field counts as absent: tables have it in every row."""
         return all(row.get(field) is not None for field in self.required)
 
     def detect(self, row: Mapping[str, Any]) -> str | None:
-        """Why ``row`` has this format, or None."""
-        if not self.has_fields(row) or (self.name == "kto" and not isinstance(row["label"], bool)):
+        """Return why ``row`` has this format, or None."""
+        if not self.has_fields(row) or ("label" in self.required and verdict(row["label"]) is None):
             return None
         return f"the rows have {' and '.join(map(repr, self.required))}"
 
     def convert(self, row: SourceRow, texts: frozenset[str] = frozenset()) -> Record | list[Problem]:
-        """The record of ``row``, or everything that is wrong with it. ``texts``: see `RowReporter`."""
+        """Return the record of ``row``, or everything that is wrong with it. ``texts``: see `RowReporter`."""
         if self.plain is not None:
             record: Record | None = self.plain(row)
             if record is not None:
@@ -73,249 +66,127 @@ class Format:
         record = self.converter(row.value, report)
         if report.problems or record is None:
             return report.problems
+        if report.unused or report.extra_keys:
+            record.unused, record.extra_keys = tuple(report.unused), tuple(report.extra_keys)
         return record
 
 
-def _chat(row: Mapping[str, Any], report: RowReporter) -> Record | None:
-    if row.get("messages") is None:
-        report.text(row, "messages")
-        return None
-    turns = read_messages(row["messages"], report, "messages")
-    tools = objects(parsed_json(row.get("tools")), report, "tools")
-    return None if turns is None else _conversation(answered(turns, report, "messages"), report, tools)
+def _pairs(question: str, answer: str) -> Format:
+    return Format(
+        name="question_answer",
+        title=f"question/answer ({question}/{answer})",
+        required=(question, answer),
+        optional=(*_SURROUNDINGS, *(part for part in _PROMPT_PARTS if part != question)),
+        converter=conversions.pair(question, answer),
+    )
 
 
-def _conversation(
-    messages: Sequence[Message] | None, report: RowReporter, tools: tuple[Mapping[str, Any], ...] | None = None
-) -> Conversation | None:
-    if messages is None:
-        return None
-    return Conversation(messages=tuple(messages), tools=tools, file=report.row.file, line=report.row.line)
+def _judged(*required: str, converter: Converter, optional: tuple[str, ...] = (), instead: str = "") -> Format:
+    name = "kto" if "label" in required else "preference"
+    title = "KTO" if "label" in required else "preference"
+    return Format(
+        name=name,
+        title=title,
+        required=required,
+        optional=optional,
+        trainable=False,
+        converter=converter,
+        instead=instead,
+    )
 
 
-def _sharegpt(row: Mapping[str, Any], report: RowReporter) -> Record | None:
-    listed = row.get("conversations")
-    if listed is None:
-        report.text(row, "conversations")
-        return None
-    if not is_list(listed):
-        report.add("conversations", f"expected a list of turns, got {kind_of(listed)}", "write a list")
-        return None
-    if not listed:
-        report.add("conversations", "the field 'conversations' holds no turns", "add turns, or remove the row")
-    turns: list[Turn] = []
-    if row.get("system") is not None:
-        system = report.text(row, "system", blank=True)
-        if system:
-            turns.append(Turn(role="system", field="system", message=Message(role="system", content=system)))
-    turns += [_sharegpt_turn(turn, report, f"conversations[{i}]") for i, turn in enumerate(listed)]
-    tools = objects(parsed_json(row.get("tools")), report, "tools")
-    return _conversation(answered(turns, report, "conversations"), report, tools) if listed else None
-
-
-def _sharegpt_turn(turn: Any, report: RowReporter, path: str) -> Turn:
-    bad = Turn(role=None, field=f"{path}.from", message=None)
-    if not isinstance(turn, Mapping):
-        report.add(path, f"the turn is {kind_of(turn)}, expected an object with from and value", "write an object")
-        return bad
-    if "from" not in turn and "role" in turn:
-        report.add(
-            f"{path}.from",
-            "the turn has 'role', expected 'from' and 'value'",
-            "these are chat messages: --set data.columns.messages=conversations",
-        )
-        return bad
-    speaker = report.text(turn, "from", path=f"{path}.")
-    role = _SHAREGPT_ROLES.get(speaker) if speaker is not None else None
-    if speaker is not None and role is None:
-        hint = role_hint(speaker, tuple(_SHAREGPT_ROLES))
-        report.add(
-            f"{path}.from", f"unknown role {speaker!r}{hint}", "use system, human, gpt, function_call or observation"
-        )
-    value = report.text(turn, "value", path=f"{path}.", blank=role != "assistant")
-    if role is None or value is None:
-        return Turn(role=role, field=f"{path}.from", message=None)
-    message: Message | None = Message(role=role, content=value)
-    if speaker == "function_call":
-        message = _function_call(value, report, f"{path}.value")
-    return Turn(role=role, field=f"{path}.from", message=message)
-
-
-def _function_call(value: str, report: RowReporter, field: str) -> Message | None:
-    call = parsed_json(value)
-    if not isinstance(call, (dict, list)):
-        report.add(field, "the function call is not valid JSON", 'write {"name": …, "arguments": …}')
-        return None
-    before = len(report.problems)
-    listed = [{"type": "function", "function": item} for item in (call if isinstance(call, list) else [call])]
-    calls = tool_calls(listed, report, field)
-    return Message(role="assistant", content="", tool_calls=calls) if len(report.problems) == before else None
-
-
-def _alpaca(row: Mapping[str, Any], report: RowReporter) -> Record | None:
-    instruction = report.text(row, "instruction")
-    output = report.text(row, "output")
-    extra = {key: report.text(row, key, blank=True) for key in ("input", "system") if row.get(key) is not None}
-    turns: list[Message] = []
-    if extra.get("system"):
-        turns.append(Message(role="system", content=extra["system"] or ""))
-    turns += _history(row.get("history"), report)
-    if instruction is None or output is None:
-        return None
-    prompt = f"{instruction}\n{extra['input']}" if (extra.get("input") or "").strip() else instruction
-    return _conversation((*turns, *_exchange(prompt, output)), report)
-
-
-def _history(history: Any, report: RowReporter) -> list[Message]:
-    turns: list[Message] = []
-    if history is None:
-        return turns
-    pairs = history if isinstance(history, Sequence) and not isinstance(history, str) else [history]
-    for i, pair in enumerate(pairs):
-        if (
-            not isinstance(pair, Sequence)
-            or isinstance(pair, str)
-            or len(pair) != 2
-            or not all(isinstance(text, str) and text.strip() for text in pair)
-        ):
-            report.add(f"history[{i}]", "expected a pair of texts [question, answer]", "write two texts per turn")
-            continue
-        turns += _exchange(pair[0], pair[1])
-    return turns
-
-
-def _exchange(question: str, answer: str) -> tuple[Message, Message]:
-    return Message(role="user", content=question), Message(role="assistant", content=answer)
-
-
-def _pair(question: str, answer: str) -> Converter:
-    def convert(row: Mapping[str, Any], report: RowReporter) -> Record | None:
-        asked, answered = report.text(row, question), report.text(row, answer)
-        if asked is None or answered is None:
-            return None
-        return _conversation(_exchange(asked, answered), report)
-
-    return convert
-
-
-def _side(row: Mapping[str, Any], key: str, report: RowReporter) -> list[Turn] | None:
-    """A prompt or an answer that is a text or a list of messages."""
-    value = row.get(key)
-    role = "user" if key == "prompt" else "assistant"
-    if not is_list(value):
-        text = report.text(row, key)
-        message = None if text is None else Message(role=role, content=text)
-        return [Turn(role=role, field=key, message=message)]
-    return read_messages(value, report, key)
-
-
-def _prompt(row: Mapping[str, Any], report: RowReporter) -> tuple[tuple[Message, ...] | None, Turn | None]:
-    """The given messages, when all are good, and the last turn."""
-    turns = _side(row, "prompt", report)
-    if not turns:
-        return None, None
-    check_order(turns, report)
-    return collected(turns), turns[-1]
-
-
-def _answer(
-    row: Mapping[str, Any], key: str, report: RowReporter, before: Turn | None = None
-) -> tuple[Message, ...] | None:
-    turns = _side(row, key, report)
-    return None if turns is None else answered(turns, report, key, before=before)
-
-
-def _prompt_completion(row: Mapping[str, Any], report: RowReporter) -> Record | None:
-    prompt, last = _prompt(row, report)
-    completion = _answer(row, "completion", report, last)
-    if prompt is None or completion is None:
-        return None
-    given = tuple(replace(each, supervised=False) if each.role == "assistant" else each for each in prompt)
-    return _conversation((*given, *completion), report)
-
-
-def _preference(row: Mapping[str, Any], report: RowReporter) -> Record | None:
-    prompt = _prompt(row, report)[0] if row.get("prompt") is not None else ()
-    # Many data sets repeat the prompt at the beginning of both answers, so these begin as they like.
-    chosen, rejected = _answer(row, "chosen", report), _answer(row, "rejected", report)
-    if prompt is None or chosen is None or rejected is None:
-        return None
-    return PreferencePair(prompt=prompt, chosen=chosen, rejected=rejected, file=report.row.file, line=report.row.line)
-
-
-def _kto(row: Mapping[str, Any], report: RowReporter) -> Record | None:
-    prompt, last = _prompt(row, report)
-    completion = _answer(row, "completion", report, last)
-    label = row.get("label")
-    if not isinstance(label, bool):
-        report.add("label", f"the label is {kind_of(label)}, expected true or false", "write true or false")
-        return None
-    if prompt is None or completion is None:
-        return None
-    return PreferencePair(prompt=prompt, chosen=completion, label=label, file=report.row.file, line=report.row.line)
-
-
-def _text(row: Mapping[str, Any], report: RowReporter) -> Record | None:
-    text = report.text(row, "text")
-    return None if text is None else Document(text=text, file=report.row.file, line=report.row.line)
-
+_ALL_ANSWERS = "--set data.format=chat"
+_CHOSEN = "--set data.format=prompt_completion --set data.columns.completion=chosen"
+_PROMPT = ("prompt", "messages", "conversations", "system", "history", *_PROMPT_PARTS)
 
 FORMATS: tuple[Format, ...] = (
-    Format(name="chat", title="chat", required=("messages",), optional=("tools",), converter=_chat, plain=plain_chat),
+    Format(
+        name="chat",
+        title="chat",
+        required=("messages",),
+        optional=_SURROUNDINGS,
+        converter=conversions.listed("messages"),
+        plain=plain_chat,
+    ),
     Format(
         name="sharegpt",
         title="ShareGPT",
         required=("conversations",),
-        optional=("system", "tools"),
-        converter=_sharegpt,
+        optional=_SURROUNDINGS,
+        converter=conversions.listed("conversations"),
     ),
     Format(
         name="alpaca",
         title="Alpaca",
         required=("instruction", "output"),
-        optional=("input", "system", "history"),
-        converter=_alpaca,
+        optional=(*_PROMPT_PARTS, *_SURROUNDINGS),
+        converter=conversions.alpaca,
     ),
-    Format(
-        name="kto",
-        title="KTO",
-        required=("prompt", "completion", "label"),
-        trainable=False,
-        converter=_kto,
+    _judged(
+        "prompt",
+        "completion",
+        "label",
+        converter=conversions.kto,
+        optional=("system", "history", *_PROMPT_PARTS),
+        instead="--set data.format=prompt_completion",
+    ),
+    _judged(
+        "messages",
+        "label",
+        converter=conversions.listed_kto("messages"),
+        optional=("system", "history"),
+        instead=_ALL_ANSWERS,
+    ),
+    _judged(
+        "conversations",
+        "label",
+        converter=conversions.listed_kto("conversations"),
+        optional=("system", "history"),
+        instead="--set data.format=sharegpt",
     ),
     Format(
         name="prompt_completion",
         title="prompt/completion",
         required=("prompt", "completion"),
-        converter=_prompt_completion,
+        optional=(*_SURROUNDINGS, *_PROMPT_PARTS),
+        converter=conversions.prompt_completion,
     ),
-    *(
-        Format(
-            name="question_answer",
-            title=f"question/answer ({question}/{answer})",
-            required=(question, answer),
-            converter=_pair(question, answer),
-        )
-        for question, answer in (("question", "answer"), ("query", "response"), ("input", "output"))
+    _pairs("question", "answer"),
+    _pairs("query", "response"),
+    _pairs("input", "output"),
+    _judged("chosen", "rejected", converter=conversions.preference, optional=_PROMPT, instead=_CHOSEN),
+    _judged(
+        "chosen_messages",
+        "rejected_messages",
+        converter=conversions.whole_preference("chosen_messages", "rejected_messages"),
+        instead=f"{_ALL_ANSWERS} --set data.columns.messages=chosen_messages",
+    ),
+    _judged(
+        "messages",
+        "rejected_response",
+        converter=conversions.rejected_reply("rejected_response"),
+        instead=_ALL_ANSWERS,
+    ),
+    _judged(
+        "messages",
+        "rejected_messages",
+        converter=conversions.rejected_reply("rejected_messages"),
+        instead=_ALL_ANSWERS,
     ),
     Format(
-        name="preference",
-        title="preference",
-        required=("chosen", "rejected"),
-        optional=("prompt",),
-        trainable=False,
-        converter=_preference,
+        name="text",
+        title="plain text",
+        required=("text",),
+        optional=("role", "replies", "parent_id"),
+        converter=conversions.text,
     ),
-    Format(name="text", title="plain text", required=("text",), converter=_text),
 )
 FORMAT_NAMES = tuple(dict.fromkeys(each.name for each in FORMATS))
 
 
 def candidates(row: Mapping[str, Any], among: Sequence[Format] = FORMATS) -> tuple[Format, ...]:
-    """The formats that ``row`` may have; one that another reads completely and more is not listed."""
+    """Return the formats that ``row`` may have; one that another reads completely and more is not listed."""
     found = [each for each in among if each.detect(row) is not None]
     return tuple(
-        each
-        for each in found
-        if not any(other is not each and set(each.required) < {*other.required, *other.optional} for other in found)
+        each for each in found if not any(other is not each and set(each.required) < other.fields for other in found)
     )

@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-import orjson
-
-from llmtune.data.records import Conversation, Message, Problem, SourceRow
-from llmtune.data.strict_json import code_point
+from llmtune.data.records import Conversation, Message, SourceRow
+from llmtune.data.reporter import (
+    NO_TEXT,
+    RowReporter,
+    holds_text,
+    is_blank,
+    is_list,
+    kind_of,
+    parsed_cell,
+    without_nulls,
+)
+from llmtune.data.tools import called_tools, function_call
 from llmtune.errors import nearest
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-# What people write for a role, where spelling alone would not find the name that was meant.
-_ROLE_MEANT = {
-    "bot": "assistant",
-    "model": "assistant",
-    "ai": "assistant",
-    "gpt": "assistant",
-    "chatbot": "assistant",
-    "agent": "assistant",
+# Who speaks calls a tool; the text of the turn is the call.
+_CALLERS = ("function_call", "tool_call")
+# Names of roles in the data of other toolkits, in lower case.
+_ROLE_OF = {role: role for role in ROLES} | {
     "human": "user",
-    "customer": "user",
     "prompter": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "ai": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
+    "model": "assistant",
     "function": "tool",
     "observation": "tool",
-    "instruction": "system",
+    "tool_response": "tool",
+    **dict.fromkeys(_CALLERS, "assistant"),
 }
+# What people write for a role, where neither the table above nor spelling would find the name that was meant.
+_ROLE_MEANT = {"agent": "assistant", "customer": "user", "instruction": "system"}
 # Who may speak after whom; "" is the beginning. See `check_order` for what real data needs.
 _FOLLOWS = {
     "": ("user", "system", "assistant", "developer"),
@@ -45,74 +56,17 @@ _OUT_OF_ORDER = {
     "assistant": "join the two turns, or put what was asked between them",
     "tool": "a tool answers an assistant's call; put the call before it",
 }
-# Control characters that no text needs (C0 without tab and line ends, DEL), and lone surrogates, which are no text.
-_NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
-_KNOWN_KEYS = frozenset(("role", "content", "tool_calls", "name", "weight"))
-
-
-class RowReporter:
-    """Collects the problems of one row while it is converted.
-
-    Args:
-        row: The row.
-        texts: Fields that are texts in the first rows of the data.
-    """
-
-    def __init__(self, row: SourceRow, texts: frozenset[str] = frozenset()) -> None:
-        self.row = row
-        self.texts = texts
-        self.problems: list[Problem] = []
-
-    def add(self, field: str | None, problem: str, hint: str) -> None:
-        """Report one problem of this row."""
-        row = self.row
-        self.problems.append(
-            Problem(file=row.file, line=row.line, field=field, problem=problem, hint=hint, row_group=row.row_group)
-        )
-
-    def text(self, values: Mapping[str, Any], key: str, *, path: str = "", blank: bool = False) -> str | None:
-        """The string at ``key``; a missing, null, wrong, damaged or (unless ``blank``) empty value is reported."""
-        value = values.get(key)
-        if isinstance(value, str):
-            if not blank and (not value or value.isspace()):
-                self.add(path + key, f"the field '{key}' is empty", "give a text, or remove the row")
-                return None
-            return value if self.row.clean or self.undamaged(value, path + key) else None
-        if value is not None:
-            expected = "expected a text as in the other rows" if key in self.texts else "expected a text"
-            hint = "write it as a text"
-            if isinstance(value, Sequence):
-                hint = 'join the texts of a list of {"type": "text", "text": …} to one text; other parts cannot be used'
-            self.add(path + key, f"the field '{key}' is {kind_of(value)}, {expected}", hint)
-        elif key in values:
-            self.add(path + key, f"the field '{key}' is null", "give a text, or remove the row")
-        else:
-            self.add(path + key, f"the field '{key}' is missing", f"add '{key}'")
-        return None
-
-    def undamaged(self, text: str, field: str) -> bool:
-        """Whether ``text`` holds no control character; the first is reported."""
-        found = _NO_TEXT.search(text)
-        if found is None:
-            return True
-        kind = "lone surrogate" if found[0] >= "\ud800" else "control character"
-        self.add(field, f"the {kind} {code_point(found[0])} at character {found.start() + 1:,}", "remove it")
-        return False
-
-
-def kind_of(value: object) -> str:
-    """A value's type in JSON's words."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "a boolean"
-    kinds = {str: "a text", int: "a number", float: "a number", list: "a list", dict: "an object"}
-    return kinds.get(type(value), f"a {type(value).__name__}")
-
-
-def is_list(value: object) -> bool:
-    """Whether ``value`` is a list of something (texts are not)."""
-    return isinstance(value, Sequence) and not isinstance(value, (str, bytes))
+# Fields beside the messages that belong to the conversation.
+BESIDE_MESSAGES = frozenset(("system", "history", "tools", "functions"))
+# Marks by which toolkits say whether a turn is learned: OpenAI and mistral-finetune, LLaMA-Factory, axolotl, ms-swift.
+_MARKS = ("weight", "loss_weight", "train", "training", "loss")
+# Kinds of parts of a content that are text, and the keys that hold it.
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_PART_KEYS = ("text", "value", "content")
+_REASONING_PARTS = ("reasoning", "thinking")
+_READ_KEYS = frozenset(("role", "content", "from", "value", "tool_calls", "function_call", "name", *_MARKS))
+# Further keys that chat templates are known to read.
+_TEMPLATE_KEYS = frozenset(("reasoning_content", "thinking", "reasoning", "tool_call_id"))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -130,7 +84,7 @@ def plain_chat(row: SourceRow) -> Conversation | None:
     Anything odd gives None, and the row goes the long way, which knows every shape and names what is wrong.
     """
     values = row.value.get("messages")
-    if type(values) is not list or row.value.get("tools") is not None:
+    if type(values) is not list or (len(row.value) > 1 and any(row.value.get(key) for key in BESIDE_MESSAGES)):
         return None
     clean, before = row.clean, ""
     messages: list[Message] = []
@@ -140,7 +94,7 @@ def plain_chat(row: SourceRow) -> Conversation | None:
         role, content = value.get("role"), value.get("content")
         if type(content) is not str or role not in _FOLLOWS[before] or not content or content.isspace():
             return None
-        if not clean and _NO_TEXT.search(content) is not None:
+        if not clean and NO_TEXT.search(content) is not None:
             return None
         messages.append(Message(role=role, content=content))
         before = role
@@ -151,8 +105,9 @@ def plain_chat(row: SourceRow) -> Conversation | None:
 
 def read_messages(values: Any, report: RowReporter, field: str) -> list[Turn] | None:
     """The messages of a list of objects with role and content; None when it is no such list at all."""
+    values, given = parsed_cell(values), values
     if not is_list(values):
-        report.add(field, f"the field '{field}' is {kind_of(values)}, expected a list of messages", "write a list")
+        report.add(field, f"the field '{field}' is {kind_of(given)}, expected a list of messages", "write a list")
         return None
     if not values:
         report.add(field, f"the field '{field}' holds no messages", "add messages, or remove the row")
@@ -178,7 +133,11 @@ def answered(
     messages = collected(turns)
     if messages is not None and not any(message.supervised for message in messages if message.role == "assistant"):
         if "assistant" in roles:
-            report.add(field, "every assistant turn has weight 0, nothing would be learned", "remove the row")
+            report.add(
+                field,
+                "every assistant turn is marked as not learned, so nothing would be learned",
+                "remove the row",
+            )
         return None
     return messages
 
@@ -224,105 +183,152 @@ def _calls(turn: Turn) -> bool:
 
 
 def _turn(value: Any, report: RowReporter, path: str) -> Turn:
-    if not isinstance(value, Mapping):
-        report.add(
-            path, f"the message is {kind_of(value)}, expected an object with role and content", "write an object"
-        )
+    """Read one turn: ``role`` and ``content``, or ``from`` and ``value`` as ShareGPT calls them."""
+    given = parsed_cell(value)
+    if not isinstance(given, Mapping):
+        expected = "from and value" if path.startswith("conversations") else "role and content"
+        report.add(path, f"the turn is {kind_of(value)}, expected an object with {expected}", "write an object")
         return Turn(role=None, field=path, message=None)
+    role_key = "from" if "role" not in given and "from" in given else "role"
+    text_key = "value" if "content" not in given and "value" in given else "content"
+    if path.startswith("conversations") and not given.keys() & {"role", "content"}:
+        role_key, text_key = "from", "value"
     before = len(report.problems)
-    role = _role(value, report, path)
-    calls = tool_calls(value.get("tool_calls"), report, f"{path}.tool_calls")
-    content = _content(value, report, path, role, calls)
-    weight = value.get("weight")
-    if weight not in (None, 0, 1):
-        report.add(f"{path}.weight", f"the weight is {weight!r}, expected 0 or 1", "write 0 to read it, 1 to learn it")
-    extra = {key: item for key, item in value.items() if key not in _KNOWN_KEYS and item is not None}
-    name = value.get("name")
+    speaker, role = _role(given, role_key, report, path)
+    said = _call_turn(given, text_key, report, path) if speaker in _CALLERS else _said(given, text_key, report, path)
+    if said is not None and role == "assistant" and not said.calls and not said.text.strip():
+        # A user may say nothing (a model continues freely); an assistant that says nothing teaches nothing.
+        report.add(f"{path}.{text_key}", "the assistant's turn is empty", "give the answer, or remove the row")
+    supervised = _is_learned(given, role, report, path)
+    extra = _extra(given, "" if said is None else said.thought, report, path)
+    message = None
+    if role is not None and said is not None and len(report.problems) == before:
+        message = Message(
+            role=role,
+            content=said.text,
+            tool_calls=said.calls or None,
+            name=given.get("name"),
+            extra=extra or None,
+            supervised=supervised,
+        )
+    return Turn(role=role, field=f"{path}.{role_key}", message=message)
+
+
+class _Said(NamedTuple):
+    """What a turn says: its text, its reasoning and its calls."""
+
+    text: str
+    thought: str = ""
+    calls: tuple[Mapping[str, Any], ...] = ()
+
+
+def _call_turn(value: Mapping[str, Any], key: str, report: RowReporter, path: str) -> _Said | None:
+    """Read a turn whose text is a call."""
+    called = report.text(value, key, path=f"{path}.")
+    calls = None if called is None else function_call(called, report, f"{path}.{key}")
+    return None if calls is None else _Said("", calls=calls)
+
+
+def _said(value: Mapping[str, Any], key: str, report: RowReporter, path: str) -> _Said | None:
+    """Read what a turn says, in one text or in parts."""
+    calls = called_tools(value, report, path) or ()
+    content: Any = value.get(key)
+    if content is None and calls:
+        return _Said("", calls=calls)
+    if not is_list(content):
+        text = report.text(value, key, path=f"{path}.", blank=True)
+        return None if text is None else _Said(text, calls=calls)
+    parts = [_part(part, report, f"{path}.{key}[{i}]") for i, part in enumerate(content)]
+    read = [part for part in parts if part is not None]
+    if len(read) < len(parts):
+        return None
+    text = "".join(part.text for part in read)
+    if not report.row.clean and not report.undamaged(text, f"{path}.{key}"):
+        return None
+    thought = "".join(part.thought for part in read)
+    return _Said(text, thought, (*calls, *(call for part in read for call in part.calls)))
+
+
+def _part(given: Any, report: RowReporter, path: str) -> _Said | None:
+    """Read one part of a content; report one that is neither text nor reasoning nor a call."""
+    part = {"text": given} if isinstance(given, str) else without_nulls(given)
+    kind = part.get("type", "text") if isinstance(part, Mapping) else None
+    key = next((key for key in (*_PART_KEYS, kind) if isinstance(part.get(key), str)), None) if kind else None
+    if key is None or kind not in (*_TEXT_PARTS, *_REASONING_PARTS, *_CALLERS):
+        found = f"a part of type {kind!r}" if isinstance(kind, str) and kind != "text" else "a part without a text"
+        report.add(path, f"the content has {found}, and only text can be trained", "remove the row")
+        return None
+    for other in part.keys() - {"type", key}:
+        if holds_text(part[other]):
+            report.unused[f"{_shape(path)}.{other}"] = None
+    if kind in _CALLERS:
+        calls = function_call(part[key], report, path)
+        return None if calls is None else _Said("", calls=calls)
+    return _Said("", thought=part[key]) if kind in _REASONING_PARTS else _Said(part[key])
+
+
+def _is_learned(value: Mapping[str, Any], role: str | None, report: RowReporter, path: str) -> bool:
+    """Return whether the marks of a turn let it be learned; report marks that say neither yes nor no."""
+    learned: dict[str, bool] = {}
+    for mark in _MARKS:
+        given = value.get(mark)
+        if given is None:
+            continue
+        if given not in (0, 1):
+            report.add(
+                f"{path}.{mark}",
+                f"the {mark} is {given!r}, expected 0 or 1 (false or true)",
+                "a turn is learned or not; write 0 to read it only, 1 to learn it",
+            )
+            continue
+        learned[mark] = bool(given)
+    if len(set(learned.values())) > 1:
+        said = " and ".join(f"{mark} {value[mark]!r}" for mark in learned)
+        report.add(path, f"the marks {said} contradict each other", "keep one of them")
+    if role not in (None, "assistant") and True in learned.values():
+        # Only answers are learned, whatever asks for more.
+        report.unused.update({f"{_shape(path)}.{mark} of '{role}' turns": None for mark in learned})
+    return all(learned.values())
+
+
+def _extra(value: Mapping[str, Any], thought: str, report: RowReporter, path: str) -> dict[str, Any]:
+    """Return the keys of a turn that a chat template may read."""
+    extra = {}
+    for key in value.keys() - _READ_KEYS:
+        item = without_nulls(value[key])
+        if not is_blank(item):
+            extra[key] = item
+            if key not in _TEMPLATE_KEYS and holds_text(item):
+                report.extra_keys[f"{_shape(path)}.{key}"] = None
+    if thought:
+        if extra.get("reasoning_content", thought) != thought:
+            report.add(f"{path}.reasoning_content", "the turn holds two thoughts", "keep one of them")
+        extra["reasoning_content"] = thought
     if not report.row.clean:
-        for key, item in (("name", name), *extra.items()):
+        for key, item in (("name", value.get("name")), *extra.items()):
             if isinstance(item, str):
                 report.undamaged(item, f"{path}.{key}")
-    message = None
-    if role is not None and content is not None and len(report.problems) == before:
-        message = Message(
-            role=role, content=content, tool_calls=calls, name=name, extra=extra or None, supervised=weight != 0
-        )
-    return Turn(role=role, field=f"{path}.role", message=message)
+    return {key: extra[key] for key in sorted(extra)}
 
 
-def _content(
-    value: Mapping[str, Any], report: RowReporter, path: str, role: str | None, calls: tuple[Any, ...] | None
-) -> str | None:
-    content = value.get("content")
-    if content is None and calls is not None:
-        return ""
-    # A user may say nothing (a model continues freely); an assistant that says nothing teaches nothing.
-    if role == "assistant" and calls is None and isinstance(content, str) and not content.strip():
-        report.add(f"{path}.content", "the assistant's turn is empty", "give the answer, or remove the row")
-        return None
-    return report.text(value, "content", path=f"{path}.", blank=True)
+def _shape(path: str) -> str:
+    """Return a path without the numbers of its items: ``messages[3]`` -> ``messages[]``."""
+    return "".join(part if i == 0 else f"[]{part.partition(']')[2]}" for i, part in enumerate(path.split("[")))
 
 
-def _role(value: Mapping[str, Any], report: RowReporter, path: str) -> str | None:
-    if "role" not in value and "from" in value:
-        report.add(
-            f"{path}.role",
-            "the message has 'from' and 'value', expected 'role' and 'content'",
-            "this is ShareGPT: --set data.format=sharegpt --set data.columns.conversations=FIELD",
-        )
-        return None
-    role = report.text(value, "role", path=f"{path}.")
-    if role is not None and role not in ROLES:
-        report.add(f"{path}.role", f"unknown role {role!r}{role_hint(role, ROLES)}", f"use {', '.join(ROLES)}")
-        return None
-    return role
+def _role(value: Mapping[str, Any], key: str, report: RowReporter, path: str) -> tuple[str | None, str | None]:
+    """Return a turn's role as it is written, in lower case, and the role that it means."""
+    written = report.text(value, key, path=f"{path}.")
+    if written is None:
+        return None, None
+    speaker = written.strip().lower()
+    role = _ROLE_OF.get(speaker)
+    if role is None:
+        known = "human, gpt, system, function_call or observation" if key == "from" else ", ".join(ROLES)
+        report.add(f"{path}.{key}", f"unknown role {written!r}{_role_hint(speaker)}", f"use {known}")
+    return speaker, role
 
 
-def role_hint(role: str, known: Sequence[str]) -> str:
-    """``" — did you mean 'assistant'?"`` where a role was probably meant."""
-    lowered = role.strip().lower()
-    match = lowered if lowered in known else _ROLE_MEANT.get(lowered)
-    match = match if match in known else nearest(lowered, known)
-    return f" — did you mean '{match}'?" if match else ""
-
-
-def objects(value: Any, report: RowReporter, field: str) -> tuple[Mapping[str, Any], ...] | None:
-    """A list of objects (tools, tool calls); null and empty are the same as absent."""
-    if value is None or (isinstance(value, Sequence) and not value):
-        return None
-    if not is_list(value) or not all(isinstance(item, Mapping) for item in value):
-        report.add(field, f"expected a list of objects, got {kind_of(value)}", "write a list of objects")
-        return None
-    return tuple(value)
-
-
-def tool_calls(value: Any, report: RowReporter, field: str) -> tuple[Mapping[str, Any], ...] | None:
-    """Calls as templates read them: a name, and arguments as an object even where they were written as JSON text."""
-    calls = objects(value, report, field)
-    return None if calls is None else tuple(_call(call, report, f"{field}[{i}]") for i, call in enumerate(calls))
-
-
-def _call(call: Mapping[str, Any], report: RowReporter, path: str) -> Mapping[str, Any]:
-    wrapped = isinstance(call.get("function"), Mapping)
-    function = call["function"] if wrapped else call
-    where = f"{path}.function." if wrapped else f"{path}."
-    report.text(function, "name", path=where)
-    arguments = function.get("arguments")
-    parsed = parsed_json(arguments)
-    if not isinstance(parsed, (Mapping, type(None))):
-        problem = f"the arguments are {kind_of(parsed)}, expected an object or its JSON"
-        report.add(f"{where}arguments", problem, 'write {"name": value, …}')
-    if parsed is arguments:
-        return call
-    function = {**function, "arguments": parsed}
-    return {**call, "function": function} if wrapped else function
-
-
-def parsed_json(value: Any) -> Any:
-    """The JSON inside a text, where there is any; tools and calls are often written as text."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return orjson.loads(value) if value.strip() else None
-    except orjson.JSONDecodeError:
-        return value
+def _role_hint(role: str) -> str:
+    match = _ROLE_MEANT.get(role) or nearest(role, _ROLE_OF)
+    return f" — did you mean '{_ROLE_OF[match]}'?" if match else ""

@@ -8,11 +8,21 @@ from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any
 
+from llmtune.data.columns import (
+    guessed_columns,
+    listed,
+    no_column,
+    not_recognised,
+    optional_columns,
+    spelled_columns,
+    with_columns,
+)
 from llmtune.data.formats import FORMAT_NAMES, FORMATS, Format, candidates
-from llmtune.data.messages import is_list
 from llmtune.data.records import Chunk, Problem, Record, SourceRow
+from llmtune.data.reporter import RowReporter, is_list
 from llmtune.data.source import Source, resolve
-from llmtune.errors import ConfigError, DataError, did_you_mean, nearest
+from llmtune.data.unread import note_unread
+from llmtune.errors import ConfigError, DataError, did_you_mean
 
 # Enough to see past a strange beginning, little enough to hold in memory.
 _SAMPLE_ROWS = 200
@@ -23,15 +33,26 @@ _SHOWN = 10
 class Reading:
     """Data whose format is known. Iterating yields `Record`s and `Problem` lists, row by row, in order.
 
-    ``texts``: the fields that are texts in the first rows; what else they are later is a change of type.
-    ``weight``: as a part of a mix, how often each row is seen in one epoch.
+    Attributes:
+        source: Where the rows are.
+        format: What they are read as.
+        reason: Why.
+        columns: Field of the format -> column of the data, where they differ.
+        ignored: Columns that are treated as if they were not there.
+        forced: Whether the person chose the format.
+        texts: The fields that are texts in the first rows; what else they are later is a change of type.
+        instead: For data that cannot be trained on, the settings under which its answers can be learned.
+        weight: As a part of a mix, how often each row is seen in one epoch.
     """
 
     source: Source
     format: Format
     reason: str
     columns: Mapping[str, str]
+    ignored: frozenset[str] = frozenset()
+    forced: bool = False
     texts: frozenset[str] = frozenset()
+    instead: str = ""
     weight: float = 1.0
 
     def chunks(self, chunk_bytes: int = 8 << 20) -> Iterator[Chunk]:
@@ -53,16 +74,26 @@ class Reading:
             yield from self.read(chunk)
 
     def convert(self, row: SourceRow) -> Record | list[Problem]:
-        """The record of one row, or everything that is wrong with it."""
-        mapped = _with_columns(row, self.columns) if self.columns else row
-        if isinstance(mapped, list):
-            return mapped
+        """Return the record of one row, or everything that is wrong with it."""
+        mapped = _without(row, self.ignored) if self.ignored else row
+        if self.columns:
+            named = with_columns(mapped, self.columns, self.format.required)
+            if isinstance(named, list):
+                return named
+            mapped = named
         result = self.format.convert(mapped, self.texts)
-        if isinstance(result, list) and not self.format.has_fields(mapped.value):
-            others = candidates(mapped.value)
-            if others:
+        if isinstance(result, list):
+            if not self.format.has_fields(mapped.value) and (others := candidates(mapped.value)):
                 problem = f"the row is {others[0].title}, the other rows are {self.format.title}"
                 return [_problem(row, None, problem, "split the file by format, or remove the row")]
+            return result
+        if len(mapped.value) > len(self.format.required) and not mapped.value.keys() <= self.format.fields:
+            report = RowReporter(mapped)
+            note_unread(mapped.value, self.format, report, forced=self.forced)
+            if report.problems:
+                return report.problems
+            if report.unused:
+                result.unused = (*result.unused, *sorted(report.unused))
         return result
 
 
@@ -71,6 +102,7 @@ def read(
     *,
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
+    ignore_columns: Sequence[str] = (),
     weight: float = 1.0,
 ) -> Reading:
     """Recognise the format of ``data`` (anything `resolve` takes) and make it ready to iterate.
@@ -78,27 +110,89 @@ def read(
     Args:
         data: A path, glob, directory, ``datasets.Dataset``, list of dicts, or a `Source`.
         format: One of `FORMAT_NAMES`; recognised from the first rows when not given.
-        columns: Field of the format -> column of the data, where they differ.
+        columns: Field of the format -> column of the data, where they differ. Columns whose names say plainly what
+            they are (``Question``, ``q``, ``system_prompt``) need not be given.
+        ignore_columns: Columns to treat as if they were not there.
         weight: As a part of a mix, how often each row is seen in one epoch.
 
     Raises:
-        ConfigError: An unknown format or field name.
+        ConfigError: An unknown format or field name, or a field that the recognised format does not have.
         DataError: Nothing readable, not recognised, or ambiguous.
     """
-    columns = dict(columns or {})
+    columns, ignored = dict(columns or {}), frozenset(ignore_columns)
     _check_names(format, columns)
     source = resolve(data)
     sample = list(islice((row for row in source if isinstance(row, SourceRow)), _SAMPLE_ROWS))
     if not sample:
         raise DataError(_no_rows(source))
-    rows = [row for row in (_with_columns(each, columns) for each in sample) if isinstance(row, SourceRow)]
-    if not rows:
-        raise DataError(_no_column(sample[0], columns))
+    if missing := no_column(sample, columns):
+        raise DataError(missing)
+    sample = [_without(row, ignored) for row in sample]
     among = [each for each in FORMATS if format is None or each.name == format]
+    every_field = {field for each in among for field in each.fields}
+    spelled = {field: column for field, column in spelled_columns(sample, every_field).items() if field not in columns}
+    rows = _named(sample, columns | spelled)
+    guessed = {} if any(candidates(row.value, among) for row in rows) else guessed_columns(rows, among) or {}
+    rows = _named(rows, guessed)
     chosen, reason = _choose(rows, among, columns, forced=format)
+    guessed |= optional_columns(rows, chosen, {*guessed, *guessed.values()})
+    # Columns that were renamed once go by their own names again.
+    found = spelled | {field: spelled.get(column, columns.get(column, column)) for field, column in guessed.items()}
+    guessed = {field: column for field, column in found.items() if field in chosen.fields and field not in columns}
+    columns |= guessed
+    _require_read(columns, chosen, sample[0])
+    rows = _named(sample, columns)
+    if told := {field: column for field, column in guessed.items() if column != field}:
+        pairs = ", ".join(f"{column!r} as {field}" for field, column in told.items())
+        reason = f"the columns are read by their names: {pairs}"
     return Reading(
-        source=source, format=chosen, reason=reason, columns=columns, texts=_texts(rows, chosen), weight=weight
+        source=source,
+        format=chosen,
+        reason=reason,
+        columns={field: column for field, column in columns.items() if field != column},
+        ignored=ignored,
+        forced=format is not None,
+        texts=_texts(rows, chosen),
+        instead=_instead(chosen, rows[0].value, columns),
+        weight=weight,
     )
+
+
+def _named(sample: Sequence[SourceRow], columns: Mapping[str, str]) -> list[SourceRow]:
+    """Return the rows with their columns named as fields, as far as they have them."""
+    named = (with_columns(row, columns, ()) if columns else row for row in sample)
+    return [row for row in named if isinstance(row, SourceRow)]
+
+
+def _without(row: SourceRow, ignored: frozenset[str]) -> SourceRow:
+    if ignored.isdisjoint(row.value):
+        return row
+    return replace(row, value={key: item for key, item in row.value.items() if key not in ignored})
+
+
+def _require_read(columns: Mapping[str, str], format: Format, row: SourceRow) -> None:
+    """Refuse a mapping that would not be used.
+
+    Raises:
+        ConfigError: Names the fields of the recognised format.
+    """
+    unknown = [field for field in columns if field not in format.fields]
+    if unknown:
+        fields = ", ".join((*format.required, *format.optional))
+        problems = [f"data.columns.{field}: {format.title} rows have no field '{field}'" for field in unknown]
+        raise ConfigError(row.file, [*problems, f"the fields of {format.title} are {fields}"])
+
+
+def _instead(format: Format, row: Mapping[str, Any], columns: Mapping[str, str]) -> str:
+    """Return the settings under which the answers of judged rows can be learned, "" where there are none."""
+    if format.trainable or columns:
+        return ""
+    if format.required == ("chosen", "rejected") and row.get("prompt") is None:
+        if row.get("conversations") is None and row.get("messages") is None:
+            return "--set data.format=chat --set data.columns.messages=chosen" if is_list(row["chosen"]) else ""
+        field = "messages" if row.get("conversations") is None else "conversations"
+        return f"{format.instead} --set data.columns.prompt={field}"
+    return format.instead
 
 
 def _texts(rows: Iterable[SourceRow], format: Format) -> frozenset[str]:
@@ -170,27 +264,15 @@ def _choose(
 def _choose_unmatched(rows: Sequence[SourceRow], among: Sequence[Format], forced: str | None) -> tuple[Format, str]:
     """No row has all fields of a format: take the one that was asked for, or half met, so that rows are told why."""
     first = rows[0]
-    keys = set(first.value)
-    half = [each for each in among if keys & set(each.required)]
-    if forced is None and (len(half) != 1 or not any(first.value.get(key) is not None for key in half[0].required)):
-        shapes = "; ".join(" + ".join(each.required) for each in FORMATS)
-        raise DataError(
-            f"{first.file}:{first.line}: the format is not recognised; the row has {_listed(first.value)}. "
-            f"Expected one of: {shapes}. Map your columns, e.g. --set data.columns.prompt=MY_COLUMN "
-            "--set data.columns.completion=MY_OTHER_COLUMN."
-        )
+    half = [each for each in among if any(row.value.get(field) is not None for row in rows for field in each.required)]
+    if forced is None and (len(half) != 1 or _has_other_texts(rows, half[0])):
+        raise DataError(not_recognised(rows))
     chosen = (half or list(among))[0]
-    return chosen, f"the rows have {_listed(first.value)}"
+    return chosen, f"the rows have {listed(first.value)}"
 
 
-def _with_columns(row: SourceRow, columns: Mapping[str, str]) -> SourceRow | list[Problem]:
-    missing = [column for column in columns.values() if column not in row.value]
-    if missing:
-        hint = f"the row has {_listed(row.value)}"
-        return [_problem(row, column, f"the column '{column}' is missing", hint) for column in missing]
-    value = {key: item for key, item in row.value.items() if key not in columns.values()}
-    value |= {field: row.value[column] for field, column in columns.items()}
-    return replace(row, value=value)
+def _has_other_texts(rows: Sequence[SourceRow], format: Format) -> bool:
+    return any(isinstance(row.value[name], str) for row in rows for name in row.value.keys() - format.fields)
 
 
 def _problem(row: SourceRow, field: str | None, problem: str, hint: str) -> Problem:
@@ -214,21 +296,6 @@ def _no_rows(source: Source) -> str:
     if not problems:
         return f"{', '.join(source.labels)}: no rows; expected at least one example."
     return f"{source.labels[0]}: no row can be read. " + summarise(problems)
-
-
-def _no_column(row: SourceRow, columns: Mapping[str, str]) -> str:
-    missing = [column for column in columns.values() if column not in row.value]
-    hints = [f"'{name}'{_near(name, row.value)}" for name in missing]
-    return f"{row.file}:{row.line}: no column {', '.join(hints)}. The row has {_listed(row.value)}."
-
-
-def _near(name: str, known: Iterable[str]) -> str:
-    match = nearest(name, known)
-    return f" (did you mean '{match}'?)" if match else ""
-
-
-def _listed(row: Mapping[str, Any]) -> str:
-    return ", ".join(map(repr, row)) or "no fields"
 
 
 def summarise(problems: Sequence[Problem], *, more: int = 0) -> str:
@@ -255,11 +322,21 @@ def require_trainable(reading: Reading) -> None:
         DataError: Preference or KTO data.
     """
     if not reading.format.trainable:
-        raise DataError(
-            f"{', '.join(reading.source.labels[:3])}: {reading.format.title} data ({reading.reason}) holds judgements "
-            "of answers, not answers to learn; supervised fine-tuning cannot use it. Give prompt and completion, for "
-            "instance --set data.format=prompt_completion --set data.columns.completion=chosen."
-        )
+        raise DataError(f"{', '.join(reading.source.labels[:3])}: {not_trainable(reading)}")
+
+
+def not_trainable(reading: Reading) -> str:
+    """Return why ``train`` cannot use data that holds judgements, and what can be done with it."""
+    instead = f" To learn its answers without the judgement: {reading.instead}." if reading.instead else ""
+    return (
+        f"this is {reading.format.title} data ({reading.reason}): it holds judgements of answers, and supervised "
+        f"fine-tuning cannot use it.{instead}"
+    )
+
+
+def ignored_names(readings: Sequence[Reading]) -> frozenset[str]:
+    """Return the names that nobody wants to hear of: ``data.ignore_columns`` of all parts."""
+    return frozenset().union(*(reading.ignored for reading in readings))
 
 
 def capitalised(text: str) -> str:

@@ -110,26 +110,37 @@ class Message:
 
 @dataclass(slots=True, kw_only=True)
 class Conversation:
-    """Messages that end with the assistant's, and the tools it was offered."""
+    """Messages that end with the assistant's, and the tools it was offered.
+
+    ``unused``: names of columns and parts that hold something and are not read. ``extra_keys``: names of message keys
+    that only some chat templates read.
+    """
 
     messages: tuple[Message, ...]
     file: str
     line: int
     tools: tuple[Mapping[str, Any], ...] | None = None
+    unused: tuple[str, ...] = ()
+    extra_keys: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Document:
-    """Plain text, all of it to be learned."""
+    """Plain text, all of it to be learned. ``unused``, ``extra_keys``: see `Conversation`."""
 
     text: str
     file: str
     line: int
+    unused: tuple[str, ...] = ()
+    extra_keys: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class PreferencePair:
-    """Two answers to one prompt (``rejected`` given), or one answer with a verdict (``label`` given)."""
+    """Two answers to one prompt (``rejected`` given), or one answer with a verdict (``label`` given).
+
+    ``unused``, ``extra_keys``: see `Conversation`.
+    """
 
     prompt: tuple[Message, ...]
     chosen: tuple[Message, ...]
@@ -137,13 +148,15 @@ class PreferencePair:
     line: int
     rejected: tuple[Message, ...] | None = None
     label: bool | None = None
+    unused: tuple[str, ...] = ()
+    extra_keys: tuple[str, ...] = ()
 
 
 Record = Conversation | Document | PreferencePair
 
 
 def record_text(record: Record, *, instructions: bool = True) -> str:
-    """All that a record says as one string: the role of every turn, its text and its tool calls, one per line.
+    """All that a record says as one string: of every turn its role, text, tool calls and further keys, one per line.
 
     Equal records give equal texts, whatever file and line they come from.
 
@@ -169,6 +182,8 @@ def record_text(record: Record, *, instructions: bool = True) -> str:
         parts.append(message.content)
         if message.tool_calls is not None:
             parts.append(_json_text(message.tool_calls))
+        if message.extra is not None:
+            parts += [_json_text(value) for key, value in message.extra.items() if key != "tool_call_id"]
     return "\n".join(parts)
 
 

@@ -10,6 +10,7 @@ from llmtune.data.duplicates import content_digest, signature
 from llmtune.data.reading import Reading, chunks_of
 from llmtune.data.records import Chunk, Problem, record_text
 from llmtune.data.statistics import TextTally
+from llmtune.data.unread import UnusedTally
 from llmtune.data.workers import ordered_map, worker_count
 
 MOST_PROBLEMS = 10_000  # that are kept; all are counted
@@ -24,8 +25,8 @@ _LEAST_BYTES = 48 << 20
 class ScanTally:
     """What was met in some chunks; takes a few machine integers for each good row.
 
-    ``digests``, ``signatures``, ``lines``: one for each good row, in order; ``chunks``: reading, file and number of
-    good rows of each.
+    ``digests``, ``signatures``, ``lines``: one for each good row, in order; ``unused``: what no good row is read for;
+    ``chunks``: reading, file and number of good rows of each.
     """
 
     rows: int = 0
@@ -36,6 +37,7 @@ class ScanTally:
     digests: array[int] = field(default_factory=lambda: array("Q"))
     signatures: bytearray = field(default_factory=bytearray)
     lines: array[int] = field(default_factory=lambda: array("I"))
+    unused: UnusedTally = field(default_factory=UnusedTally)
     chunks: list[tuple[int, int, int]] = field(default_factory=list)
 
     def bad(self, problems: list[Problem]) -> None:
@@ -54,6 +56,7 @@ class ScanTally:
         self.digests.extend(other.digests)
         self.signatures += other.signatures
         self.lines.extend(other.lines)
+        self.unused.merge(other.unused)
         self.chunks += other.chunks
 
 
@@ -76,6 +79,8 @@ class Scanner:
             if isinstance(record, list):
                 tally.bad(record)
                 continue
+            if record.unused or record.extra_keys:
+                tally.unused.add(record.unused, record.extra_keys)
             text = record_text(record)
             digest = content_digest(text)
             tally.text.add(record, digest)

@@ -13,6 +13,7 @@ from typing import Any
 
 from llmtune.data.containers import CONTAINERS, DIVISIBLE
 from llmtune.data.records import Chunk, Problem, SourceRow
+from llmtune.data.reporter import plain_row
 from llmtune.errors import DataError, nearest
 
 EXTENSIONS = {
@@ -114,7 +115,7 @@ def _read_memory(rows: Sequence[object], chunk: Chunk) -> Iterator[SourceRow | P
     for index in range(chunk.start, chunk.end):
         row = rows[index]
         if isinstance(row, Mapping):
-            yield SourceRow(file=_ROWS_FILE, line=index + 1, value=row)
+            yield SourceRow(file=_ROWS_FILE, line=index + 1, value=plain_row(row))
         else:
             yield Problem(
                 file=_ROWS_FILE,

@@ -23,13 +23,14 @@ from llmtune.data.duplicates import content_digest
 from llmtune.data.reading import Reading, chunks_of, require_trainable
 from llmtune.data.records import Chunk, Conversation, DataStats, Document, Record, percentile, record_text
 from llmtune.data.statistics import TextTally
+from llmtune.data.unread import UnusedTally
 from llmtune.data.workers import ordered_map, worker_count
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 # Part of the name of what is kept: raise it when the same rows would give other numbers.
-_VERSION = 1
+_VERSION = 2
 # <|im_start|>, role, newline, <|im_end|>, newline: what ChatML, the most common template, adds to a message.
 _TEMPLATE_TOKENS_PER_MESSAGE = 5
 _CHUNK_BYTES = 8 << 20
@@ -48,6 +49,7 @@ class Survey:
         learned_fixed_tokens: Of ``fixed_tokens``, those that end an answer, uint32 [rows].
         parts: Rows and weight of each part of the mix.
         bad_rows: Rows that cannot be used.
+        unused: Names of columns and parts that hold something and are not read.
         complexity: The score of `llmtune.data.statistics`, 0 to 1.
     """
 
@@ -57,6 +59,7 @@ class Survey:
     learned_fixed_tokens: NDArray[np.uint32]
     parts: tuple[Part, ...]
     bad_rows: int
+    unused: tuple[str, ...]
     complexity: float
 
     def stats(self, *, bytes_per_token: float, max_length: int | None = None) -> DataStats:
@@ -129,6 +132,7 @@ class _Tally:
     rows: int = 0
     bad_rows: int = 0
     columns: tuple[array[int], ...] = field(default_factory=lambda: tuple(array("I") for _ in _COLUMNS))
+    unused: UnusedTally = field(default_factory=UnusedTally)
     text: TextTally = field(default_factory=TextTally)
 
     def merge(self, other: _Tally) -> None:
@@ -137,6 +141,7 @@ class _Tally:
         self.bad_rows += other.bad_rows
         for mine, its in zip(self.columns, other.columns, strict=True):
             mine.extend(its)
+        self.unused.merge(other.unused)
         self.text.merge(other.text)
 
     def survey(self, readings: Sequence[Reading]) -> Survey:
@@ -145,6 +150,7 @@ class _Tally:
             **columns,
             parts=_parts(self.parts, readings),
             bad_rows=self.bad_rows,
+            unused=self.unused.names(),
             complexity=float(self.text.statistics()["complexity"]["score"]),
         )
 
@@ -166,6 +172,8 @@ class _Surveyor:
             tally.parts[number] += 1
             for column, value in zip(tally.columns, _sizes(record), strict=True):
                 column.append(value)
+            if record.unused or record.extra_keys:
+                tally.unused.add(record.unused, record.extra_keys)
             tally.text.add(record, content_digest(record_text(record)))
         return tally
 
@@ -204,7 +212,8 @@ def _parts(rows: Sequence[int], readings: Sequence[Reading]) -> tuple[Part, ...]
 def _key(readings: Sequence[Reading]) -> str:
     digest = hashlib.sha256(f"survey {_VERSION}".encode())
     for reading in readings:
-        meant = [reading.source.fingerprint, reading.format.name, sorted(reading.columns.items())]
+        meant: list[Any] = [reading.source.fingerprint, reading.format.title, list(reading.format.required)]
+        meant += [reading.forced, sorted(reading.columns.items()), sorted(reading.ignored)]
         digest.update(orjson.dumps([*meant, sorted(reading.texts)]))
     return digest.hexdigest()
 
@@ -214,6 +223,7 @@ def _keep(made: Survey, path: Path) -> None:
     staged = path.with_name(f".{path.name}.{os.getpid()}")
     columns: dict[str, Any] = {name: getattr(made, name) for name in _COLUMNS}
     columns |= {"rows": [part.num_rows for part in made.parts], "bad": made.bad_rows, "complexity": made.complexity}
+    columns["unused"] = np.array(made.unused, dtype=np.str_)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with staged.open("wb") as file:
@@ -230,6 +240,7 @@ def _load(path: Path, readings: Sequence[Reading]) -> Survey | None:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as kept:
             columns = {name: kept[name] for name in _COLUMNS}
             rows, bad, complexity = kept["rows"].tolist(), int(kept["bad"]), float(kept["complexity"])
+            unused = tuple(kept["unused"].tolist())
     except (OSError, ValueError, KeyError, EOFError, BadZipFile):
         return None
-    return Survey(**columns, parts=_parts(rows, readings), bad_rows=bad, complexity=complexity)
+    return Survey(**columns, parts=_parts(rows, readings), bad_rows=bad, unused=unused, complexity=complexity)

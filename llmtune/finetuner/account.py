@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from llmtune.checkpoints import list_checkpoints, step_of
 from llmtune.config import RunConfig, store_url
 from llmtune.console import speaker
-from llmtune.data import DataReport, summarise
+from llmtune.data import DataReport, summarise, unused_sentence
 from llmtune.errors import (
     ConfigError,
     LlmtuneError,
@@ -95,6 +95,7 @@ def tell_data(report: DataReport) -> None:
     if found is not None:
         learned = f"{found.supervised_tokens:,} of {found.tokens:,} tokens are learned ({found.supervised_share:.0%})"
         speaker.say(f"supervision: {learned}, every mask proven by decoding")
+    tell_unused(report.unused)
     if report.bad_rows:
         listed = summarise(report.problems, more=report.num_problems - len(report.problems))
         speaker.warn(f"data: {report.bad_rows:,} of {report.rows:,} rows are skipped: {listed}")
@@ -105,6 +106,12 @@ def tell_data(report: DataReport) -> None:
     for advice in report.advice:
         tell = speaker.warn if advice.severity == "warning" else speaker.say
         tell(f"data: {advice.finding}. {advice.suggestion}")
+
+
+def tell_unused(names: Sequence[str]) -> None:
+    """Name the columns and parts of the data that hold something and are not read."""
+    if names:
+        speaker.say(f"data: {unused_sentence(names)}")
 
 
 def begin(run: RunDirectory, *, config: RunConfig, plan: Plan, fingerprint: str, hardware: Hardware) -> None:

@@ -91,6 +91,7 @@ class FineTuner:
         inputs = rows.inputs_of(self.config, self._data)
         model = facts.model_of(self.config, machine, inputs, download=False)
         data = facts.data_of(self.config, model, inputs)
+        account.tell_unused(data.unused)
         return facts.plan_of(self.config, machine, model, data, processes=1)
 
     def train(self) -> RunResult:

@@ -25,6 +25,7 @@ from llmtune.data import (
     contamination,
     duplicate_groups,
     encode,
+    ignored_names,
     read,
     require_supervised,
     split,
@@ -73,7 +74,8 @@ class Inputs:
 class Data:
     """What is learned from and judged on; the rows are None while only estimates are known.
 
-    ``complexity``: how varied the training text is, 0 to 1. ``encoded``: all rows that were given for training, before
+    ``complexity``: how varied the training text is, 0 to 1. ``unused``: names of columns and parts of the training rows
+    that hold something and are not read. ``encoded``: all rows that were given for training, before
     any were held out or, ``num_dropped``, left out as duplicates. ``duplicates``, ``leakage``: among all of them.
     """
 
@@ -84,6 +86,7 @@ class Data:
     fingerprint: str
     complexity: float
     encoded: EncodedDataset | None = None
+    unused: tuple[str, ...] = ()
     num_dropped: int = 0
     duplicates: Duplicates | None = None
     leakage: Leakage | None = None
@@ -107,6 +110,7 @@ def inputs_of(config: RunConfig, data: Any) -> Inputs:
                 source.path,
                 format=source.format or wanted.format,
                 columns=source.columns or wanted.columns,
+                ignore_columns=wanted.ignore_columns,
                 weight=source.weight,
             )
             for source in wanted.sources
@@ -119,7 +123,8 @@ def inputs_of(config: RunConfig, data: Any) -> Inputs:
 
 
 def _reading(config: RunConfig, data: Any) -> Reading:
-    return read(data, format=config.data.format, columns=config.data.columns)
+    wanted = config.data
+    return read(data, format=wanted.format, columns=wanted.columns, ignore_columns=wanted.ignore_columns)
 
 
 def check_data(inputs: Inputs, *, near_duplicates: bool = False) -> DataReport:
@@ -144,6 +149,7 @@ def examined(config: RunConfig, inputs: Inputs, tokenizer: PreTrainedTokenizerBa
         fingerprint=inputs.fingerprint,
         complexity=surveyed(inputs.train).complexity,
         encoded=whole,
+        unused=_unused(inputs, whole.facts.unused),
         duplicates=groups.facts(whole.location),
         leakage=leakage,
     )
@@ -169,7 +175,13 @@ def estimate(config: RunConfig, inputs: Inputs, found: Survey, *, bytes_per_toke
         eval_rows=eval_rows,
         fingerprint=inputs.fingerprint,
         complexity=found.complexity,
+        unused=_unused(inputs, found.unused),
     )
+
+
+def _unused(inputs: Inputs, names: Sequence[str]) -> tuple[str, ...]:
+    ignored = ignored_names(inputs.train)
+    return tuple(name for name in names if name not in ignored)
 
 
 def tokenised(config: RunConfig, inputs: Inputs, tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> Data:
@@ -197,6 +209,7 @@ def tokenised(config: RunConfig, inputs: Inputs, tokenizer: PreTrainedTokenizerB
         fingerprint=inputs.fingerprint,
         complexity=surveyed(inputs.train).complexity,
         encoded=whole,
+        unused=_unused(inputs, whole.facts.unused),
         num_dropped=len(whole) - len(kept),
         duplicates=groups.facts(whole.location),
         leakage=leakage,
@@ -236,6 +249,7 @@ def full_report(report: DataReport, data: Data) -> DataReport:
         supervision=found.supervision,
         duplicates=data.duplicates or report.duplicates,
         dropped_duplicates=data.num_dropped,
+        unused=data.unused,
         leakage=data.leakage,
         advice=advise(report.statistics, worth_telling[0], found.supervision, worth_telling[1]),
     )

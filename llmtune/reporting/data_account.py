@@ -152,6 +152,12 @@ def _notices(report: Mapping[str, Any]) -> Iterator[Notice]:
     if leaked and "leakage" not in advised:
         finding = f"{leaked:,.0f} evaluation rows are also trained on: the evaluation will flatter."
         yield Notice(severity="warning", finding=finding, suggestion="")
+    if unused := [str(name) for name in items(report.get("unused_columns"))]:
+        suggestion = (
+            "Read such a column with --set data.columns.FIELD=COLUMN, or hear no more of it with "
+            "--set data.ignore_columns=COLUMN."
+        )
+        yield Notice(severity="info", finding=f"Not used: {', '.join(unused)}.", suggestion=suggestion)
     for entry in advice:
         severity: Literal["warning", "info"] = "info" if entry.get("severity") == "info" else "warning"
         finding, suggestion = str(entry.get("finding", "")), str(entry.get("suggestion", ""))
