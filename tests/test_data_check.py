@@ -50,7 +50,7 @@ PLANTED: list[tuple[bytes, str | None, str]] = [
     ),
     (line(chat(("user", None), ("assistant", "b"))), "messages[0].content", "the field 'content' is null"),
     (line({"messages": [{"role": "assistant"}]}), "messages[0].content", "the field 'content' is missing"),
-    (line(chat(("user", "a"), ("bot", "b"))), "messages[1].role", "unknown role 'bot' — did you mean 'assistant'?"),
+    (line(chat(("user", "a"), ("agent", "b"))), "messages[1].role", "unknown role 'agent' — did you mean 'assistant'?"),
     (line(chat(("user", "a"), ("assistant", "\n "))), "messages[1].content", "the assistant's turn is empty"),
     (line(chat(("system", "a"), ("user", "b"))), "messages", "there is no assistant turn"),
     (
@@ -59,9 +59,9 @@ PLANTED: list[tuple[bytes, str | None, str]] = [
         "turns out of order: a 'user' turn after a 'user' turn",
     ),
     (
-        line(chat(("user", [{"type": "text", "text": "a"}]), ("assistant", "b"))),
-        "messages[0].content",
-        "the field 'content' is a list, expected a text",
+        line(chat(("user", [{"type": "image_url", "image_url": "a.png"}]), ("assistant", "b"))),
+        "messages[0].content[0]",
+        "the content has a part of type 'image_url', and only text can be trained",
     ),
     (line(chat(("user", "a" * MAX_ROW_BYTES), ("assistant", "b"))), None, "the row has 16.0 MiB, more than"),
     (
@@ -204,7 +204,10 @@ def is_good(raw: bytes) -> bool:
         return False
     roles = [message.get("role") for message in messages]
     contents = [message.get("content") for message in messages]
-    if not all(isinstance(text, str) for text in roles + contents) or not set(roles) <= set(ROLES.values()):
+    if not all(isinstance(text, str) for text in roles + contents):
+        return False
+    roles = [role.strip().lower() for role in roles]
+    if not set(roles) <= set(ROLES.values()):
         return False
     order = "".join(role[0] for role in roles)
     if not order.endswith("a") or re.search("uu|aa|ut|[sd]t|[uat][sd]|^t", order):

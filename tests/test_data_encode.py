@@ -271,7 +271,7 @@ def test_only_reported_nothing_is_refused_and_everything_listed_in_order(tmp_pat
         {"messages": system[1:]},
         {"messages": system},
         b"{broken",
-        {"messages": [{"role": "bot", "content": None}]},
+        {"messages": [{"role": "robot", "content": None}]},
         {"messages": system[1:]},
     ]
     path = write(tmp_path / "d.jsonl", lines)

@@ -39,7 +39,7 @@ def test_sizes_are_those_of_the_rows():
 
 
 def test_bad_rows_are_counted_and_judgements_refused():
-    assert survey([read([*CHATS, {"messages": [{"role": "bot", "content": "?"}]}])]).bad_rows == 1
+    assert survey([read([*CHATS, {"messages": [{"role": "robot", "content": "?"}]}])]).bad_rows == 1
     with pytest.raises(DataError):
         survey([read([{"prompt": "a", "chosen": "b", "rejected": "c"}])])
 

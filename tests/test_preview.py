@@ -34,7 +34,7 @@ HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'& \u202e"
 ROWS = [
     {"messages": [{"role": "user", "content": "Where to?\n\nSay it."}, {"role": "assistant", "content": "Köln 🙂\n"}]},
     {"messages": [{"role": "user", "content": HOSTILE}, {"role": "assistant", "content": HOSTILE[:50]}]},
-    {"messages": [{"role": "user", "content": "hi"}, {"role": "bot", "content": "ho"}]},
+    {"messages": [{"role": "user", "content": "hi"}, {"role": "robot", "content": "ho"}]},
     {"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]},
 ]
 
@@ -123,7 +123,7 @@ def test_template_whitespace_is_shown_where_it_is_learned() -> None:
 def test_rows_begin_at_the_line_and_bad_ones_tell_why() -> None:
     bad, good = taken_apart(line=3, rows=5)
     assert (bad.line, bad.tokens, bad.supervised_text, good.line) == (3, (), "", 4)
-    assert "unknown role 'bot'" in bad.problems[0].problem
+    assert "unknown role 'robot'" in bad.problems[0].problem
     with pytest.raises(DataError, match=r"rows.jsonl: there is no row at line 5"):
         taken_apart(line=5)
 
@@ -164,7 +164,7 @@ def test_rows_that_cannot_be_encoded_tell_why_and_end_with_3(capsys) -> None:
     assert shown("--line", "3", "--rows", "1") == DataError.exit_code
     out = capsys.readouterr().out
     assert "rows.jsonl:3  cannot be encoded" in out
-    assert "messages[1].role: unknown role 'bot'" in out
+    assert "messages[1].role: unknown role 'robot'" in out
     assert shown("--line", "3", "--rows", "1", "--json") == DataError.exit_code
     assert json.loads(capsys.readouterr().out)["rows"][0]["tokens"] == []
     assert shown("--line", "3", "--rows", "2") == 0
@@ -287,7 +287,7 @@ def test_the_page_is_one_file_and_foreign_text_stays_text(tmp_path: Path) -> Non
     assert "default-src 'none'" in html
     assert not re.search(r"@import|url\(", html)
     assert not re.search("[\x00\x1b\u202e]", html)
-    assert "unknown role &#39;bot&#39;" in html
+    assert "unknown role &#39;robot&#39;" in html
     assert "prefers-color-scheme: dark" in html
     assert list(tmp_path.glob(".*")) == []
 

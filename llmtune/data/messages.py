@@ -64,7 +64,8 @@ _MARKS = ("weight", "loss_weight", "train", "training", "loss")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _PART_KEYS = ("text", "value", "content")
 _REASONING_PARTS = ("reasoning", "thinking")
-_READ_KEYS = frozenset(("role", "content", "from", "value", "tool_calls", "function_call", "name", *_MARKS))
+_CALL_KEYS = ("tool_calls", "function_call")
+_READ_KEYS = frozenset(("role", "content", "from", "value", *_CALL_KEYS, "name", *_MARKS))
 # Further keys that chat templates are known to read.
 _TEMPLATE_KEYS = frozenset(("reasoning_content", "thinking", "reasoning", "tool_call_id"))
 
@@ -200,6 +201,10 @@ def _turn(value: Any, report: RowReporter, path: str) -> Turn:
         # A user may say nothing (a model continues freely); an assistant that says nothing teaches nothing.
         report.add(f"{path}.{text_key}", "the assistant's turn is empty", "give the answer, or remove the row")
     supervised = _is_learned(given, role, report, path)
+    passed_over = {"role", "from", "content", "value"} - {role_key, text_key}
+    for key in (*passed_over, *(_CALL_KEYS if speaker in _CALLERS else ())):
+        if holds_text(given.get(key)):
+            report.unused[f"{_shape(path)}.{key}"] = None
     extra = _extra(given, "" if said is None else said.thought, report, path)
     message = None
     if role is not None and said is not None and len(report.problems) == before:

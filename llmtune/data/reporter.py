@@ -145,9 +145,10 @@ def parsed_cell(value: Any) -> Any:
     if parsed is not value or not value.lstrip().startswith(("[", "{")) or len(value) > _MOST_LITERAL_CHARS:
         return parsed
     try:
-        return ast.literal_eval(value.strip())
+        literal = ast.literal_eval(value.strip())
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return value
+    return literal if isinstance(literal, (list, dict)) else value
 
 
 def plain_row(row: Mapping[str, Any]) -> Mapping[str, Any]:
