@@ -8,6 +8,7 @@
     ├── HardwareError                exit 2   a device was asked for that is not there
     ├── RunNotFoundError             exit 2   no run, study or trial of that name
     ├── DataError                    exit 3   rows that cannot be read, recognised or trained on
+    │   └── UnknownColumnsError      exit 3   no format has columns of these names; carries them
     ├── PlanError                    exit 4   the plan does not fit this machine
     ├── UserCodeError                exit 1   a callback or metric of the user's raised; names whose code it was
     ├── TrainingError                exit 5   training stopped; names the last good checkpoint
@@ -21,7 +22,7 @@ Every message answers three questions: what happened and where, what was expecte
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
@@ -91,6 +92,20 @@ class DataError(LlmtuneError):
     """Data that cannot be read, recognised or trained on; the message names file and line."""
 
     exit_code = 3
+
+
+class UnknownColumnsError(DataError):
+    """No format has columns of these names.
+
+    Args:
+        message: What happened, and a command that says what the columns are.
+        columns: Names of the columns that hold text, each with the first text in it.
+        likely: The columns that the command proposes, by field.
+    """
+
+    def __init__(self, message: str, *, columns: Mapping[str, str], likely: Mapping[str, str]) -> None:
+        self.columns, self.likely = dict(columns), dict(likely)
+        super().__init__(message)
 
 
 class PlanError(LlmtuneError):

@@ -700,6 +700,24 @@ def test_a_person_answers_at_a_terminal(chats: str, terminal: Callable[..., Term
     assert Path("llmtune.yaml").read_text() == "# mine\n"
 
 
+def test_columns_without_telling_names_are_asked_for(tmp_path: Path, terminal: Callable[..., Terminal]) -> None:
+    rows = [{"topic": "sums", "body": f"What is {n} and {n}?", "reply": f"It is {2 * n}."} for n in range(40)]
+    Path("sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    screen = terminal("init", "sums.jsonl", "--model", "builtin:tiny", "--preset", "highspeed")
+    screen.until("Which column is the question?")
+    screen.until("[body]:")
+    screen.type("\n")
+    screen.until("Which column is the answer?")
+    screen.until("[reply]:")
+    screen.type("reply\n")
+    screen.until("Choice, or a file [share]:")
+    screen.type("\n")
+    assert screen.end() == 0, screen.seen
+    assert "not used: topic" in screen.seen
+    config = load_config(file="llmtune.yaml", environ={})
+    assert config.data.columns == {"question": "body", "answer": "reply"}
+
+
 @pytest.mark.parametrize("key", ["\x03", "\x04"], ids=["Ctrl-C", "Ctrl-D"])
 def test_who_stops_finds_nothing_written(key: str, chats: str, terminal: Callable[..., Terminal]) -> None:
     screen = terminal("init", chats)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,11 +25,11 @@ from llmtune.cli.options import (
     configured,
 )
 from llmtune.console import speaker
-from llmtune.errors import ConfigError, DataError, OutputError
+from llmtune.errors import ConfigError, DataError, OutputError, UnknownColumnsError
 from llmtune.units import format_bytes, format_seconds, parse_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from llmtune.config import RunConfig
     from llmtune.data import DataReport
@@ -142,11 +142,28 @@ def _wizard(
             raise ConfigError("DATA", ["no data was given; pass a file, a directory or a glob"])
         names = [path.name for path in Path().iterdir() if path.is_file()]
         wanted = settled(wanted, interview.ask(data_question(names)))
-    inputs = rows.inputs_of(wanted, None)
+    try:
+        inputs = rows.inputs_of(wanted, None)
+    except UnknownColumnsError as unknown:
+        if not interview.answered or not unknown.columns:
+            raise
+        wanted = settled(wanted, _columns(unknown, interview))
+        inputs = rows.inputs_of(wanted, None)
     report = rows.check_data(inputs)
     _require_good(report, wanted, as_json=as_json)
     _tell_data(report)
     return Wizard(machine=machine, inputs=inputs, report=report, limits=limits), wanted
+
+
+def _columns(unknown: UnknownColumnsError, interview: Interview) -> Mapping[str, Any]:
+    """Ask which columns are question and answer, or which one holds texts."""
+    from llmtune.wizard import column_question
+
+    chosen = interview.ask(column_question("question", unknown, {}))
+    field = "answer" if chosen else "text"
+    if field == "answer" and len(unknown.columns) < 2:
+        raise unknown
+    return interview.ask(column_question(field, unknown, chosen.get("data.columns", {})))
 
 
 def _require_good(report: DataReport, wanted: RunConfig, *, as_json: bool) -> None:

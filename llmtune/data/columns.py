@@ -10,8 +10,8 @@ from typing import Any
 
 from llmtune.data.formats import FORMATS, Format
 from llmtune.data.records import Problem, SourceRow
-from llmtune.data.reporter import is_list, parsed_cell
-from llmtune.errors import nearest
+from llmtune.data.reporter import is_blank, is_list, parsed_cell
+from llmtune.errors import UnknownColumnsError, nearest
 
 # Names that people give to a field, written as `_plain_name` writes them.
 _SYNONYMS: Mapping[str, tuple[str, ...]] = {
@@ -146,23 +146,27 @@ def no_column(rows: Sequence[SourceRow], columns: Mapping[str, str]) -> str | No
     return f"{rows[0].file}:{rows[0].line}: no column {', '.join(hints)}. The row has {listed(rows[0].value)}."
 
 
-def not_recognised(rows: Sequence[SourceRow]) -> str:
-    """Return the message for rows that no format fits: the columns, and a command that says what they are."""
+def not_recognised(rows: Sequence[SourceRow]) -> UnknownColumnsError:
+    """Return the error for rows that no format fits: the columns, and a command that says what they are."""
     first = rows[0]
-    texts = [name for name in first.value if any(isinstance(row.value.get(name), str) for row in rows)]
+    columns: dict[str, str] = {}
+    for row in rows:
+        for name, value in row.value.items():
+            if isinstance(value, str) and not is_blank(value):
+                columns.setdefault(name, value)
     place = f"{first.file}:{first.line}: the format is not recognised; the row has {listed(first.value)}."
-    if not texts:
+    if not columns:
         shapes = "; ".join(dict.fromkeys(" + ".join(each.required) for each in FORMATS if each.trainable))
-        return f"{place} No column holds text. Expected one of: {shapes}."
-    fields = ("question", "answer") if len(texts) > 1 else ("text",)
-    mapping = likely_columns(rows, texts, fields)
+        message = f"{place} No column holds text. Expected one of: {shapes}."
+        return UnknownColumnsError(message, columns={}, likely={})
+    likely = likely_columns(rows, [*columns], ("question", "answer") if len(columns) > 1 else ("text",))
     if first.file == "rows":
-        command = f"FineTuner(rows, columns={mapping})"
+        command = f"FineTuner(rows, columns={likely})"
     else:
-        flags = (f"--set {shlex.quote(f'data.columns.{field}={column}')}" for field, column in mapping.items())
+        flags = (f"--set {shlex.quote(f'data.columns.{field}={column}')}" for field, column in likely.items())
         command = f"llmtune check {shlex.quote(first.file)} {' '.join(flags)}"
-    what = "which column is the question and which the answer" if len(fields) > 1 else "what the column is"
-    return f"{place} Say {what}, for example: {command}"
+    what = "which column is the question and which the answer" if len(likely) > 1 else "what the column is"
+    return UnknownColumnsError(f"{place} Say {what}, for example: {command}", columns=columns, likely=likely)
 
 
 def likely_columns(rows: Sequence[SourceRow], texts: Sequence[str], fields: Sequence[str]) -> dict[str, str]:

@@ -266,7 +266,7 @@ def _choose_unmatched(rows: Sequence[SourceRow], among: Sequence[Format], forced
     first = rows[0]
     half = [each for each in among if any(row.value.get(field) is not None for row in rows for field in each.required)]
     if forced is None and (len(half) != 1 or _has_other_texts(rows, half[0])):
-        raise DataError(not_recognised(rows))
+        raise not_recognised(rows)
     chosen = (half or list(among))[0]
     return chosen, f"the rows have {listed(first.value)}"
 

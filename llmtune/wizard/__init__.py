@@ -5,6 +5,16 @@ Deciding is apart from asking: a question is a pure function of the situation, a
 
 from llmtune.wizard.draft import Draft, Wizard, decide
 from llmtune.wizard.outlook import Limits, settled
-from llmtune.wizard.questions import Question, data_question, file_question
+from llmtune.wizard.questions import Question, column_question, data_question, file_question
 
-__all__ = ["Draft", "Limits", "Question", "Wizard", "data_question", "decide", "file_question", "settled"]
+__all__ = [
+    "Draft",
+    "Limits",
+    "Question",
+    "Wizard",
+    "column_question",
+    "data_question",
+    "decide",
+    "file_question",
+    "settled",
+]

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
-from llmtune.errors import DataError, LlmtuneError, PlanError
+from llmtune.errors import DataError, LlmtuneError, PlanError, UnknownColumnsError
 from llmtune.finetuner.facts import USUAL_BYTES_PER_TOKEN
 from llmtune.finetuner.rows import eval_share
 from llmtune.presets import GOALS, CatalogueEntry, find_entry
@@ -28,6 +30,9 @@ FEW_HELD_OUT = 20
 HELD_OUT_WORDS = ("eval", "evaluation", "valid", "validation", "val", "dev", "heldout", "held", "test")
 # So many files are listed at most.
 MOST_FILES = 9
+# What is typed where no column is a question.
+NO_QUESTION = "none"
+_EXAMPLE_CHARS = 60
 DATA_SUFFIXES = (".jsonl", ".ndjson", ".parquet", ".csv", ".tsv", ".json", ".arrow")
 
 
@@ -118,6 +123,37 @@ def data_question(names: Iterable[str]) -> Question:
         flag="DATA",
         free="a file, directory or glob",
         other=_path_to("data.path"),
+    )
+
+
+def column_question(field: str, unknown: UnknownColumnsError, taken: Mapping[str, str]) -> Question:
+    """Return the question which column holds ``field``: ``question``, ``answer`` or ``text``.
+
+    Args:
+        field: What is looked for.
+        unknown: The columns there are.
+        taken: Columns that were chosen before, by field.
+    """
+    titles = {
+        "question": "Which column is the question?",
+        "answer": "Which column is the answer?",
+        "text": "Which column holds the texts to learn?",
+    }
+    columns = {name: text for name, text in unknown.columns.items() if name not in taken.values()}
+    options = [
+        Option(name=name, cells=(shorten(text, _EXAMPLE_CHARS),), settings={"data.columns": {**taken, field: name}})
+        for name, text in columns.items()
+    ]
+    if field == "question":
+        options.append(Option(name=NO_QUESTION, cells=("the rows are texts, not questions and answers",), settings={}))
+    likely = unknown.likely.get(field, NO_QUESTION if field == "question" else options[0].name)
+    return Question(
+        title=titles[field],
+        explanation="The columns have no names that say what they are." if field == "question" else "",
+        columns=("column", "the first text in it"),
+        options=tuple(options),
+        default=likely if likely in columns or likely == NO_QUESTION else options[0].name,
+        flag=f"--set data.columns.{field}=COLUMN",
     )
 
 
@@ -367,7 +403,8 @@ def _path_to(key: str) -> Callable[[str], Mapping[str, Any]]:
     def other(text: str) -> Mapping[str, Any]:
         from llmtune.data import read
 
-        read(text)  # found, and of a format that is recognised
+        with suppress(UnknownColumnsError):  # a question of its own
+            read(text)  # found, and of a format that is recognised
         return {key: text}
 
     return other
