@@ -155,6 +155,8 @@ def not_recognised(rows: Sequence[SourceRow]) -> UnknownColumnsError:
             if isinstance(value, str) and not is_blank(value):
                 columns.setdefault(name, value)
     place = f"{first.file}:{first.line}: the format is not recognised; the row has {listed(first.value)}."
+    if nested := [name for name, value in first.value.items() if is_list(value) or isinstance(value, Mapping)]:
+        place += f" To learn what is inside {listed(nested)}, write it as 'messages' with role and content."
     if not columns:
         shapes = "; ".join(dict.fromkeys(" + ".join(each.required) for each in FORMATS if each.trainable))
         message = f"{place} No column holds text. Expected one of: {shapes}."
@@ -180,7 +182,7 @@ def likely_columns(rows: Sequence[SourceRow], texts: Sequence[str], fields: Sequ
     return {field: told[field] for field in fields if field in told}
 
 
-def listed(row: Mapping[str, Any]) -> str:
+def listed(row: Iterable[str]) -> str:
     """Return the names of a row's fields."""
     return ", ".join(map(repr, row)) or "no fields"
 
