@@ -17,8 +17,8 @@ OTHER_TEMPLATE = "use a template that fits the data: --set data.chat_template=FI
 _REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 # Marks of reasoning that a few tokenizers flag as special, and that answers hold by right.
 _REASONING_MARKS = frozenset({"<think>", "</think>", "[THINK]", "[/THINK]"})
-# A word such as /no_think, which Qwen3, SmolLM3 and others read as a switch.
-_SWITCH = re.compile(r"/[a-z][a-z_]+\b")
+# A word such as /no_think, which SmolLM3 and others read as a switch; no part of a path.
+_SWITCH = re.compile(r"(?<![\w/.:-])/[a-z][a-z_]+(?![\w/-])")
 
 
 class TemplateRefusal(Exception):
@@ -149,13 +149,6 @@ def check_written(chat: Conversation, text: str, source: str) -> None:
                     f"the chat template leaves out or rewrites the text of role {message.role!r} {clip(content)}",
                     field=f"messages[{i}].content",
                 )
-        if message.role == "tool" and message.name and not _is_written(message.name, text, 0, len(text)):
-            raise TemplateRefusal(
-                f"the chat template leaves out the name {message.name!r} of a tool's result",
-                hint=f"remove 'name' from the message where the model need not know it, or {OTHER_TEMPLATE}",
-                field=f"messages[{i}].name",
-                of_shape=True,
-            )
 
 
 def _switches_removed(content: str, text: str, source: str) -> bool:
@@ -164,10 +157,11 @@ def _switches_removed(content: str, text: str, source: str) -> bool:
     A switch is a word such as ``/no_think`` that the template's own text names. Nothing but whitespace may stand in
     its place.
     """
-    switches = sorted({found[0] for found in _SWITCH.finditer(content) if found[0] in source}, key=len, reverse=True)
+    switches = [found.span() for found in _SWITCH.finditer(content) if found[0] in source]
     if not switches:
         return False
-    pieces = [piece.strip() for piece in re.split("|".join(map(re.escape, switches)), content)]
+    borders = [0, *(border for span in switches for border in span), len(content)]
+    pieces = [content[start:end].strip() for start, end in zip(borders[::2], borders[1::2], strict=True)]
     return re.search(r"\s*".join(re.escape(piece) for piece in pieces if piece), text) is not None
 
 
@@ -214,12 +208,20 @@ def reasoning(message: Message) -> Iterator[str]:
 # ── tools and calls ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def check_calls(message: Message, text: str, start: int, end: int) -> None:
-    """Refuse a template that does not write each call into ``text[start:end]``: name, and every key and value."""
+def check_calls(message: Message, text: str, start: int, end: int, *, mark: str = "") -> None:
+    """Refuse a template that does not write each call into ``text[start:end]``: name, and every key and value.
+
+    Args:
+        message: The turn with the calls.
+        text: The rendered text.
+        start: Where to begin in it.
+        end: Where to stop.
+        mark: An ending that every name of a call has in the text, see `renamed_calls`.
+    """
     for call in message.tool_calls or ():
         function = function_of(call)
         name, arguments = function.get("name"), function.get("arguments")
-        if isinstance(name, str) and text.find(name, start, end) < 0:
+        if isinstance(name, str) and text.find(name + mark, start, end) < 0:
             raise TemplateRefusal(f"the chat template leaves out the call of the tool {name!r}", of_shape=True)
         if arguments and isinstance(arguments, Mapping) and text.find(str(dict(arguments)), start, end) >= 0:
             raise TemplateRefusal(
@@ -233,13 +235,26 @@ def check_calls(message: Message, text: str, start: int, end: int) -> None:
                 )
 
 
-def check_tools(tools: Sequence[Mapping[str, Any]], prompt: str, *, as_json: bool = False) -> None:
+def check_results(chat: Conversation, text: str) -> None:
+    """Refuse a template that leaves out the name of a tool's result; `check_written` proves its content."""
+    for i, message in enumerate(chat.messages):
+        if message.role == "tool" and message.name and not _is_written(message.name, text, 0, len(text)):
+            raise TemplateRefusal(
+                f"the chat template leaves out the name {message.name!r} of a tool's result",
+                hint=f"remove 'name' from the message where the model need not know it, or {OTHER_TEMPLATE}",
+                field=f"messages[{i}].name",
+                of_shape=True,
+            )
+
+
+def check_tools(tools: Sequence[Mapping[str, Any]], prompt: str, *, as_json: bool = False, mark: str = "") -> None:
     """Refuse a template that does not write each tool into the prompt: its name, parameters and descriptions.
 
     Args:
         tools: The schemas.
         prompt: The prompt of the first learned answer.
         as_json: Whether to refuse schemas that are written as Python writes them.
+        mark: An ending that every name of a tool has in the prompt, see `renamed_tools`.
     """
     for tool in tools:
         function = function_of(tool)
@@ -250,11 +265,14 @@ def check_tools(tools: Sequence[Mapping[str, Any]], prompt: str, *, as_json: boo
                 field="tools",
                 of_shape=True,
             )
-        for part in (name, *_schema_texts(function)):
-            if isinstance(part, str) and not _is_written(part, prompt, 0, len(prompt)):
-                part_of = "" if part is name else f"{clip(part)} of "
+        if isinstance(name, str) and not _is_written(name + mark, prompt, 0, len(prompt)):
+            raise TemplateRefusal(
+                f"the chat template leaves out the tool {name!r} from the prompt", field="tools", of_shape=True
+            )
+        for part in _schema_texts(function) if isinstance(name, str) else _strings(tool):
+            if not _is_written(part, prompt, 0, len(prompt)):
                 raise TemplateRefusal(
-                    f"the chat template leaves out {part_of}the tool {name!r} from the prompt",
+                    f"the chat template leaves out {clip(part)} of the tool {name!r} from the prompt",
                     field="tools",
                     of_shape=True,
                 )
@@ -262,28 +280,32 @@ def check_tools(tools: Sequence[Mapping[str, Any]], prompt: str, *, as_json: boo
 
 def renamed_tools(
     tools: Sequence[Mapping[str, Any]], messages: Sequence[Message]
-) -> tuple[Mapping[str, Any], ...] | None:
-    """Return the tools under other names, None where no message mentions a name of theirs.
+) -> tuple[tuple[Mapping[str, Any], ...], str] | None:
+    """Return the tools under other names and the ending of these, None where no message mentions a name of theirs.
 
     A name in the prompt proves nothing about the schemas where a message holds the same word. The other names stand in
     no message.
     """
-    said = "\n".join(text for message in messages for _, text in _texts(message))
+    said = _all_texts(messages)
     names = [name for tool in tools if isinstance(name := function_of(tool).get("name"), str)]
     if not any(name in said for name in names):
         return None
     mark = _unused(said)
-    return tuple(_renamed(tool, mark) for tool in tools)
+    return tuple(_renamed(tool, mark) for tool in tools), mark
 
 
-def renamed_calls(chat: Conversation, turns: Sequence[int]) -> Conversation:
-    """Return the conversation with other names in the calls of ``turns``, which stand nowhere else in it."""
-    mark = _unused("\n".join(text for message in chat.messages for _, text in _texts(message)))
+def renamed_calls(chat: Conversation, turns: Sequence[int]) -> tuple[Conversation, str]:
+    """Return the conversation with other names in the calls of ``turns``, and the ending of these names."""
+    mark = _unused(_all_texts(chat.messages))
     messages = list(chat.messages)
     for i in turns:
         calls = tuple(_renamed(call, mark) for call in messages[i].tool_calls or ())
         messages[i] = replace(messages[i], tool_calls=calls)
-    return replace(chat, messages=tuple(messages))
+    return replace(chat, messages=tuple(messages)), mark
+
+
+def _all_texts(messages: Sequence[Message]) -> str:
+    return "\n".join(text for message in messages for _, text in _texts(message))
 
 
 def _unused(said: str) -> str:

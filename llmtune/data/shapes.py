@@ -69,7 +69,9 @@ class Shape:
     def give(self, chat: Conversation) -> Given:
         """Return the input of the template for ``chat``."""
         messages = [message.to_template() for message in chat.messages]
-        if self is PLAIN or self == PLAIN:
+        if any(message.role == "tool" for message in chat.messages):
+            _link_results(messages)
+        if self is PLAIN:
             return Given(messages, chat.tools)
         for message in messages:
             if message.get("tool_calls"):
@@ -216,26 +218,50 @@ def _wrapped_call(call: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": call.get("type", "function"), **({"id": call["id"]} if "id" in call else {}), "function": inner}
 
 
-def _write_ids(messages: Sequence[dict[str, Any]], kind: Literal["nine", "name"]) -> None:
-    """Give every call an id, and every result the id of its call.
+def _results(messages: Sequence[Mapping[str, Any]]) -> Iterator[tuple[int, int, int]]:
+    """Yield the positions of each result, of the turn with its call, and of the call in that turn.
 
     A result belongs to the call whose id it names, else to the first call since the last question without a result.
     """
-    count = 0
-    open_calls: list[tuple[Any, str]] = []
-    for message in messages:
+    pending: list[tuple[int, int]] = []
+    for i, message in enumerate(messages):
         if message["role"] == "user":
-            open_calls = []
+            pending = []
+        pending += [(i, k) for k in range(len(message.get("tool_calls") or ()))]
+        if message["role"] == "tool" and pending:
+            named = message.get("tool_call_id")
+            ids = [messages[turn]["tool_calls"][k].get("id") for turn, k in pending]
+            turn, k = pending.pop(ids.index(named) if named is not None and named in ids else 0)
+            yield i, turn, k
+
+
+def _link_results(messages: Sequence[dict[str, Any]]) -> None:
+    """Write the name of its tool into each result without one, for templates that write it before the content.
+
+    Gemma 4 finds the name by the id of the call, which is ambiguous where several calls of a turn have none: these get
+    ids.
+    """
+    for i, turn, k in list(_results(messages)):
+        calls = messages[turn]["tool_calls"]
+        name = function_of(calls[k]).get("name")
+        if isinstance(name, str):
+            messages[i].setdefault("name", name)
+        if len(calls) > 1 and calls[k].get("id") is None and messages[i].get("tool_call_id") is None:
+            made = _made_id(function_of(calls[k]), turn + k, "nine")
+            calls[k] = {**calls[k], "id": made}
+            messages[i]["tool_call_id"] = made
+
+
+def _write_ids(messages: Sequence[dict[str, Any]], kind: Literal["nine", "name"]) -> None:
+    """Give every call an id, and every result the id of its call."""
+    linked = list(_results(messages))
+    number = 0
+    for message in messages:
         for call in message.get("tool_calls") or ():
-            made = _made_id(function_of(call), count, kind)
-            open_calls.append((call.get("id"), made))
-            call["id"] = made
-            count += 1
-        if message["role"] != "tool" or not open_calls:
-            continue
-        named = message.get("tool_call_id")
-        index = next((i for i, (old, _) in enumerate(open_calls) if named is not None and old == named), 0)
-        message["tool_call_id"] = open_calls.pop(index)[1]
+            call["id"] = _made_id(function_of(call), number, kind)
+            number += 1
+    for i, turn, k in linked:
+        messages[i]["tool_call_id"] = messages[turn]["tool_calls"][k]["id"]
 
 
 def _made_id(function: Mapping[str, Any], number: int, kind: Literal["nine", "name"]) -> str:

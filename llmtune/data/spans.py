@@ -20,6 +20,7 @@ from llmtune.data.proof import (
     TemplateRefusal,
     check_answer,
     check_calls,
+    check_results,
     check_stop_tokens,
     check_tools,
     check_written,
@@ -95,7 +96,8 @@ class ChatTemplate:
         """Return the text and spans in the first shape that passes the proof.
 
         The plain shape comes first; `other_shapes` are for rows with tools or calls only. A refusal that no shape can
-        change is final. The refusal of the plain shape is the one to report, unless the template only failed in it.
+        change is final. The refusal to report is the first of a shape that got furthest: past the template, past the
+        proof of tools and calls.
         """
         try:
             return self._proven(chat, renderer, PLAIN)
@@ -107,8 +109,7 @@ class ChatTemplate:
             try:
                 return self._proven(chat, renderer, shape)
             except TemplateRefusal as refusal:
-                if isinstance(reported, TemplateFailure) and not isinstance(refusal, TemplateFailure):
-                    reported = refusal
+                reported = max(reported, refusal, key=_progress)
         raise reported
 
     def _proven(self, chat: Conversation, renderer: Renderer, shape: Shape) -> Located:
@@ -160,17 +161,18 @@ class _Page:
             first = learned[0] if learned else self._last + 1
             end = spans[0][0] if learned else len(self.text)
             check_tools(chat.tools, self.text[:end], as_json=self._shape.place.kind == "key")
-            tools = renamed_tools(chat.tools, chat.messages[:first])
-            if tools is not None:
-                given = self._shape.give(replace(chat, tools=tools))
+            renamed = renamed_tools(chat.tools, chat.messages[:first])
+            if renamed is not None:
+                given = self._shape.give(replace(chat, tools=renamed[0]))
                 prompt = self._render(first, prompt=first <= self._last, given=given)[0]
-                check_tools(tools, prompt)
+                check_tools(chat.tools, prompt, mark=renamed[1])
         others = [i for i, message in enumerate(chat.messages) if message.tool_calls and i not in learned]
         if others:
-            calling = renamed_calls(chat, others)
+            calling, mark = renamed_calls(chat, others)
             text = self._render(self._last + 1, prompt=False, given=self._shape.give(calling))[0]
             for i in others:
-                check_calls(calling.messages[i], text, 0, len(text))
+                check_calls(chat.messages[i], text, 0, len(text), mark=mark)
+        check_results(chat, self.text)
 
     def spans(self, wanted: Sequence[int]) -> tuple[Span, ...]:
         """The spans of the answers ``wanted``, each from its generation prompt to the end of its stop token."""
@@ -348,6 +350,10 @@ class _Page:
         """The end of ``closing`` where it follows after at most whitespace."""
         at = skip_space(self.text, end)
         return at + len(closing) if closing and self.text.startswith(closing, at) else None
+
+
+def _progress(refusal: TemplateRefusal) -> int:
+    return 0 if isinstance(refusal, TemplateFailure) else 1 if refusal.of_shape else 2
 
 
 def supervised_turns(chat: Conversation, supervise: Supervise) -> list[int]:
