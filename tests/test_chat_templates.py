@@ -86,8 +86,8 @@ CLOSED = "\n</think>\n\n"  # the generation prompt has opened the thought
 WRITES: dict[str, tuple[str, str | None, str]] = {
     "cohere": ("", None, "<|END_OF_TURN_TOKEN|>"),
     "cohere2": ("", None, "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"),
-    "deepseek_r1_distill_training": ("<\uff5cAssistant\uff5c>", None, "<\uff5cend▁of▁sentence\uff5c>"),
-    "deepseekv3_training": ("<\uff5cAssistant\uff5c>", None, "<\uff5cend▁of▁sentence\uff5c>"),
+    "deepseek_r1_distill_training": ("", None, "<\uff5cend▁of▁sentence\uff5c>"),
+    "deepseekv3_training": ("", None, "<\uff5cend▁of▁sentence\uff5c>"),
     "diffusion_gemma": ("", None, "<turn|>"),
     "gemma": ("", None, "<end_of_turn>"),
     "gemma4": ("", None, "<turn|>"),
@@ -99,29 +99,24 @@ WRITES: dict[str, tuple[str, str | None, str]] = {
     "mistral": (" ", None, "</s>"),
     "mistral_tekken": ("", None, "</s>"),
     "muse_glimmer": (" to=user<|message|>", None, "<|eot|>"),
-    "muse_glimmer_training": ("<|start|>assistant to=user<|message|>", None, "<|eot|>"),
-    "nemotron": ("<think></think>", None, "<|im_end|>"),
+    # the generation prompt opens a thought, the text closes it at once
+    "nemotron": ("</think>", None, "<|im_end|>"),
     "phi3": ("", None, "<|end|>"),
     "qwen2_5": ("", None, "<|im_end|>"),
-    "qwen2_5_training": ("\n", None, "<|im_end|>"),
     "qwen2_5_vl_training": ("", None, "<|im_end|>"),
     "qwen3": ("", EMPTY, "<|im_end|>"),
     "qwen3_training": (EMPTY, None, "<|im_end|>"),
     "qwen3_instruct_2507": ("", None, "<|im_end|>"),
     "qwen3_vl": ("", None, "<|im_end|>"),
     "qwen3_5_nothink": ("", None, "<|im_end|>"),
-    "qwen3_5_nothink_training": (EMPTY, None, "<|im_end|>"),
+    "qwen3_5_nothink_training": ("", None, "<|im_end|>"),
     "qwen3_5_think": (CLOSED, None, "<|im_end|>"),
-    "qwen3_5_think_training": (EMPTY, None, "<|im_end|>"),
     "qwen3_6": (CLOSED, None, "<|im_end|>"),
-    "qwen3_6_training": (EMPTY, None, "<|im_end|>"),
     "qwen3_8": (CLOSED, None, "<|im_end|>"),
-    "qwen3_8_training": (EMPTY, None, "<|im_end|>"),
     "zephyr": ("", None, "</s>"),
 }
 # gpt-oss closes earlier answers with another token than the last; its training variant marks it all the same.
 EARLIER_STOP = {"gptoss_training": "<|end|>"}
-OTHER_OPENING = {"gptoss_training": "<|start|>assistant<|channel|>final<|message|>"}
 
 PROMPT_DIFFERS = "writes the prompt of an answer differently once the answer follows: "
 LEFT_OUT = "leaves out or rewrites the text of role|rewrites the assistant's text"
@@ -163,7 +158,6 @@ def writes(name: str) -> tuple[str, str, str]:
     if family is None:
         pytest.fail(f"{name} is new: write down what it writes")
     opening, last, stop = WRITES[family]
-    opening = OTHER_OPENING.get(stem(name), opening)
     return opening, opening if last is None else last, stop
 
 
@@ -377,8 +371,8 @@ TOOL_CALLS = {
     "diffusion_gemma": "ignores add_generation_prompt",
     "diffusion_gemma_training": "marks 3 answers, the row has 2",
     "glm4moe": "leaves no stop token",
-    "lfm2": "has no place for 'tool_calls'",
-    "lfm2_training": "has no place for 'tool_calls'",
+    "lfm2": "leaves out the call of the tool 'now'",
+    "lfm2_training": "leaves out the call of the tool 'now'",
     "nemotron_3_nano": PROMPT_DIFFERS,
     "nemotron_3_super": PROMPT_DIFFERS,
     "nemotron_3_ultra": PROMPT_DIFFERS,
@@ -390,7 +384,7 @@ TOOL_CALLS = {
 def test_tools(name):
     result, tok = encode(name, TOOL_CHAT), chat_tokenizer(source(name))
     if "tools" not in source(name):
-        assert "no place for 'tools'" in result.problem
+        assert re.search("leaves out ('the time' of )?the tool 'now' from the prompt|refuses the row", result.problem)
     elif stem(name) in TOOL_CALLS:
         assert TOOL_CALLS[stem(name)] in result.problem
     else:
@@ -407,8 +401,8 @@ def test_tools(name):
 
 def test_a_call_that_the_template_drops_is_named():
     # DeepSeek's distilled models: calls are written only where there is no content, and there always is.
-    template = source("llama3") + "{# tools tool_calls #}"
-    row = chat(user("a"), assistant("b", tool_calls=(CALL,)), tools=TOOLS)
+    template = source("llama3")
+    row = chat(user("a"), assistant("b", tool_calls=(CALL,)))
     result = ChatEncoder(chat_tokenizer(template), template).encode_batch([row])[0]
     assert "leaves out the call of the tool 'now'" in result.problem
 
@@ -454,10 +448,25 @@ CONVERSATIONS = st.builds(
 ODD = ("<think>", "</think>")
 
 
+def without_stop_tokens(conversation: Conversation, special: list[str]) -> Conversation:
+    """The conversation that is learned: an answer that brings its stop token is learned without."""
+    messages = []
+    for message in conversation.messages:
+        text = message.content.rstrip()
+        token = max((token for token in special if text.endswith(token)), key=len, default=None)
+        if message.role == "assistant" and token is not None:
+            message = assistant(text.removesuffix(token).rstrip())
+        messages.append(message)
+    return chat(*messages)
+
+
 def assert_proven_or_refused(name: str, kind: Any, conversation: Conversation, supervise: Any) -> None:
     tok = chat_tokenizer(source(name), kind)
     result = encode(name, conversation, kind, supervise)
+    special = tok.convert_ids_to_tokens(sorted(tok.added_tokens_decoder))
     answers = sum(message.role == "assistant" for message in conversation.messages)
+    if isinstance(result, Encoded):
+        conversation = without_stop_tokens(conversation, special)
     texts = [message.content for message in conversation.messages]
     odd = any(mark in text for mark in ODD for text in texts)
     if isinstance(result, Encoded):
@@ -474,7 +483,6 @@ def assert_proven_or_refused(name: str, kind: Any, conversation: Conversation, s
     assert (result.file, result.line) == ("d.jsonl", 1)
     assert result.problem
     assert result.hint
-    special = tok.convert_ids_to_tokens(sorted(tok.added_tokens_decoder))
     if any(token in text for token in special for text in texts):
         return
     reasons = [REFUSED.get(stem(name)), LAST_ONLY.get(stem(name)) if supervise == "all" and answers > 1 else None]

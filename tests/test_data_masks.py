@@ -186,7 +186,8 @@ def test_tool_calls_are_learned_with_their_stop_token():
     assert first.startswith('<|call|>{"type": "function"')
     assert first.endswith("}<|im_end|>")
     assert second == "Noon.<|im_end|>"
-    for template, text in ((CHATML, "no place for 'tools'"), (CHATML + "{# tools #}", "no place for 'tool_calls'")):
+    without_calls = TOOLS.replace("if m.tool_calls", "if false")
+    for template, text in ((CHATML, "out the tool 'now'"), (without_calls, "out the call of the tool 'now'")):
         with pytest.raises(DataError, match=text):
             ChatEncoder(tokenizer("byte_level"), template).encode(chat)
 
@@ -406,6 +407,12 @@ def squeeze(text: str) -> str:
     return re.sub(r"\s+", "", unicodedata.normalize("NFC", text))
 
 
+def without_stop_token(answer: str, stop: str) -> str:
+    """The answer that is learned: the template writes the stop token that ends it."""
+    bare = answer.rstrip().removesuffix(stop).rstrip()
+    return bare if bare else answer
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     turns=st.lists(st.tuples(TURN, TURN), min_size=1, max_size=3),
@@ -415,6 +422,7 @@ def squeeze(text: str) -> str:
 def test_the_proof_holds_or_the_row_is_refused(turns, name, kind):
     chat = conversation(*[text for turn in turns for text in turn])
     result = ChatEncoder(tokenizer(kind), GOOD_TEMPLATES[name]).encode_batch([chat])[0]
+    turns = [(question, without_stop_token(answer, STOPS[name])) for question, answer in turns]
     if any(token in text for turn in turns for text in turn for token in SPECIAL):
         assert isinstance(result, Problem)
         assert "special token" in result.problem

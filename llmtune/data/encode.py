@@ -25,7 +25,7 @@ from llmtune.data.workers import ordered_map, worker_count
 from llmtune.errors import DataError
 
 # Part of the cache's key: raise it when the same input would give other tokens, masks or facts.
-ENCODER_VERSION = 3
+ENCODER_VERSION = 4
 # Rows that are rendered, tokenised and proven in one call.
 _BATCH_RECORDS = 256
 # Text of one chunk; about half a second of tokenising on one core.

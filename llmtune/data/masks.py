@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmtune.data.proof import clip
 from llmtune.data.records import Conversation, Document, Problem
-from llmtune.data.spans import ChatTemplate, Located, Supervise, clip, refused
+from llmtune.data.spans import ChatTemplate, Located, Supervise, refused
 from llmtune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:

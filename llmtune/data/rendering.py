@@ -14,7 +14,7 @@ _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
 class Renderer:
-    """Writes conversations as `apply_chat_template` does.
+    """Renders conversations as `apply_chat_template` does. Can be pickled where its tokenizer's token texts can.
 
     Args:
         tokenizer: A tokenizer of transformers.
@@ -25,19 +25,68 @@ class Renderer:
         self.source = source
         self.has_marks = _GENERATION.search(source) is not None
         self._variables = dict(tokenizer.special_tokens_map)
+        self._compiled: tuple[Any, dict[str, Any]] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_compiled": None}  # a compiled template cannot be pickled
 
     def render(
-        self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None, *, prompt: bool
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        *,
+        prompt: bool,
+        variables: Mapping[str, Any] | None = None,
     ) -> tuple[str, list[Span]]:
-        """The text, and the character ranges in it that the template marks as generated.
+        """Return the text, and the character ranges in it that the template marks as generated.
 
-        Messages of plain text go straight to the compiled template: what transformers does to others beforehand
-        would leave them as they are, and costs as much as the template.
+        Messages of plain text go straight to the compiled template: transformers would prepare them first, which
+        changes nothing in plain text and costs as much as the template. The marks are left out of a ``prompt``.
+
+        Args:
+            messages: The messages as templates read them.
+            tools: The tools that the template finds in its variable ``tools``.
+            prompt: Whether to end with the prompt of the next answer (``add_generation_prompt``).
+            variables: More variables for the template.
 
         Raises:
             ConfigError: The template is not valid Jinja.
-            Exception: Whatever the template raises.
+            Exception: Any error of the template.
         """
+        compiled, base = self._compiled or self._compile()
+        if tools or variables or not all(len(message) == 2 for message in messages):
+            return self._render_prepared(messages, tools, prompt, variables or {})
+        context = compiled.new_context(base | {"messages": messages, "add_generation_prompt": prompt}, shared=True)
+        if prompt or not self.has_marks:
+            return "".join(compiled.root_render_func(context)), []
+        blocks: list[str] = []
+        marks: list[Span] = []
+        with compiled.environment.activate_tracker(blocks, marks):
+            for block in compiled.root_render_func(context):  # the tracker reads the blocks as they come
+                blocks.append(block)
+        return "".join(blocks), marks
+
+    def _render_prepared(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        prompt: bool,
+        variables: Mapping[str, Any],
+    ) -> tuple[str, list[Span]]:
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        marked = self.has_marks and not prompt
+        rendered: Any = render_jinja_template(
+            conversations=[list(messages)],
+            tools=list(tools) if tools else None,
+            chat_template=self.source,
+            return_assistant_tokens_mask=marked,
+            **{**self._variables, "add_generation_prompt": prompt, **variables},
+        )
+        return rendered[0][0], rendered[1][0] if marked else []
+
+    def _compile(self) -> tuple[Any, dict[str, Any]]:
+        """Return the compiled template, and the variables that are the same in every rendering."""
         from jinja2 import TemplateSyntaxError
         from transformers.utils import chat_template_utils
 
@@ -45,21 +94,9 @@ class Renderer:
             compiled: Any = chat_template_utils._compile_jinja_template(self.source)
         except TemplateSyntaxError as error:
             raise ConfigError("chat template", [f"not valid Jinja: {error} (line {error.lineno})"]) from error
-        variables = self._variables | {"add_generation_prompt": prompt}
-        if not tools and all(len(message) == 2 for message in messages):
-            variables |= {"messages": messages, "tools": None, "documents": None}
-            if not self.has_marks:
-                return compiled.render(variables), []
-            marked: tuple[str, list[Span]] = chat_template_utils._render_with_assistant_indices(compiled, **variables)
-            return marked
-        rendered: Any = chat_template_utils.render_jinja_template(
-            conversations=[list(messages)],
-            tools=list(tools) if tools else None,
-            chat_template=self.source,
-            return_assistant_tokens_mask=self.has_marks,
-            **variables,
-        )
-        return rendered[0][0], rendered[1][0] if self.has_marks else []
+        base = {**compiled.globals, **self._variables, "tools": None, "documents": None}
+        self._compiled = (compiled, base)
+        return self._compiled
 
 
 def own_template(tokenizer: Any, tools: Sequence[Mapping[str, Any]] | None = None) -> str | None:

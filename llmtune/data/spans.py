@@ -9,25 +9,37 @@ the template would write if the conversation ended there.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
+from llmtune.data.proof import (
+    OTHER_TEMPLATE,
+    TemplateFailure,
+    TemplateRefusal,
+    check_answer,
+    check_calls,
+    check_results,
+    check_stop_tokens,
+    check_tools,
+    check_written,
+    clip,
+    reasoning,
+    renamed_calls,
+    renamed_tools,
+    without_stop_tokens,
+)
 from llmtune.data.records import Conversation, Message, Problem
 from llmtune.data.rendering import Renderer, Span, SpecialTokens, own_template, skip_space
+from llmtune.data.shapes import PLAIN, Given, Shape, other_shapes
 from llmtune.errors import ConfigError
 
 _EMPTY_THOUGHT = re.compile(r"\s*<think>\s*</think>\s*")
 
 Supervise = Literal["all", "last", "completion", "text"]
 
-_OTHER_TEMPLATE = "use a template that fits the data: --set data.chat_template=FILE"
-_LAST_ONLY = f"learn only the last answer of each row (--set data.supervise=last), or {_OTHER_TEMPLATE}"
-# Names under which a message may carry its reasoning (those that transformers passes on to templates).
-_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
-# Marks of reasoning that a few tokenizers flag as special, and that answers hold by right.
-_REASONING_MARKS = frozenset({"<think>", "</think>", "[THINK]", "[/THINK]"})
+_LAST_ONLY = f"learn only the last answer of each row (--set data.supervise=last), or {OTHER_TEMPLATE}"
 
 
 class Located(NamedTuple):
@@ -35,15 +47,6 @@ class Located(NamedTuple):
 
     text: str
     spans: tuple[Span, ...]
-
-
-class TemplateRefusal(Exception):
-    """Why one row cannot be used with the template, and what to do about it."""
-
-    def __init__(self, reason: str, *, hint: str = _OTHER_TEMPLATE, field: str | None = None) -> None:
-        self.hint = hint
-        self.field = field
-        super().__init__(reason)
 
 
 class ChatTemplate:
@@ -81,66 +84,95 @@ class ChatTemplate:
     def _located(self, chat: Conversation) -> Located | Problem:
         renderer = self._tools if chat.tools else self._plain
         try:
-            self._check_special_tokens(chat)
-            if chat.tools and "tools" not in renderer.source:
-                raise TemplateRefusal("the chat template has no place for 'tools'")
-            if "tool_calls" not in renderer.source and any(message.tool_calls for message in chat.messages):
-                raise TemplateRefusal("the chat template has no place for 'tool_calls'")
-            page = _Page(chat, renderer, self._specials)
-            _check_written(chat, page.text)
-            if self._supervise == "text":
-                return Located(page.text, ((0, len(page.text)),))
-            return Located(page.text, page.spans(supervised_turns(chat, self._supervise)))
+            said, removed = without_stop_tokens(chat, self._specials)
+            located = self._proven_in_any_shape(said, renderer)
+            if removed:
+                check_stop_tokens(said, removed, located.text)
+            return located
         except TemplateRefusal as refusal:
             return refused(chat, str(refusal), hint=refusal.hint, field=refusal.field)
 
-    def _check_special_tokens(self, chat: Conversation) -> None:
-        """Refuse special tokens inside the texts: they would act as if the template had written them."""
-        for i, message in enumerate(chat.messages):
-            for field, text in _texts(message):
-                for token in self._specials.inside(text):
-                    if message.role != "assistant":
-                        raise TemplateRefusal(
-                            f"the text of role {message.role!r} contains the special token {token!r}, which the model "
-                            "reads as written by the chat template (prompt injection)",
-                            hint="take the token out of the text, or write it in another way",
-                            field=f"messages[{i}].{field}",
-                        )
-                    if token not in _REASONING_MARKS:
-                        raise TemplateRefusal(
-                            f"the answer contains the special token {token!r}; the model would learn to write it in "
-                            "the middle of its answers",
-                            hint="take the token out of the answer: the chat template writes the stop token itself",
-                            field=f"messages[{i}].{field}",
-                        )
-        for text in _strings(chat.tools):
-            for token in self._specials.inside(text):
-                raise TemplateRefusal(
-                    f"a tool's description contains the special token {token!r} (prompt injection)",
-                    hint="take the token out of the description",
-                    field="tools",
-                )
+    def _proven_in_any_shape(self, chat: Conversation, renderer: Renderer) -> Located:
+        """Return the text and spans in the first shape that passes the proof.
+
+        The plain shape comes first; `other_shapes` are for rows with tools or calls only. A refusal that no shape can
+        change is final. The refusal to report is the first of a shape that got furthest: past the template, past the
+        proof of tools and calls.
+        """
+        try:
+            return self._proven(chat, renderer, PLAIN)
+        except TemplateRefusal as refusal:
+            if not refusal.of_shape or not (chat.tools or any(message.tool_calls for message in chat.messages)):
+                raise
+            reported = refusal
+        for shape in other_shapes(chat, renderer.source):
+            try:
+                return self._proven(chat, renderer, shape)
+            except TemplateRefusal as refusal:
+                reported = max(reported, refusal, key=_progress)
+        raise reported
+
+    def _proven(self, chat: Conversation, renderer: Renderer, shape: Shape) -> Located:
+        page = _Page(chat, renderer, self._specials, shape)
+        if chat.tools:  # a template without tools is named as such, before it is found to leave out the calls
+            check_tools(chat.tools, page.text)
+        check_written(chat, page.text, renderer.source)
+        if self._supervise == "text":
+            turns: list[int] = []
+            spans: tuple[Span, ...] = ((0, len(page.text)),)
+        else:
+            turns = supervised_turns(chat, self._supervise)
+            spans = page.spans(turns)
+        page.check_tools_and_calls(turns, spans)
+        return Located(page.text, spans)
 
 
 class _Page:
     """One conversation as its template writes it."""
 
-    def __init__(self, chat: Conversation, renderer: Renderer, specials: SpecialTokens) -> None:
+    def __init__(self, chat: Conversation, renderer: Renderer, specials: SpecialTokens, shape: Shape) -> None:
         self._chat = chat
         self._renderer = renderer
         self._specials = specials
-        self._messages = [message.to_template() for message in chat.messages]
+        self._shape = shape
+        self._given = shape.give(chat)
         self._last = len(chat.messages) - 1
         self.text, self._marks = self._render(self._last + 1, prompt=False)
 
-    def _render(self, count: int, *, prompt: bool) -> tuple[str, list[Span]]:
-        """The first ``count`` messages, and what the template marks in them."""
+    def _render(self, count: int, *, prompt: bool, given: Given | None = None) -> tuple[str, list[Span]]:
+        """Return the first ``count`` messages as the template writes them, and its marks in them."""
+        messages, tools, variables, lead = given or self._given
         try:
-            return self._renderer.render(self._messages[:count], self._chat.tools, prompt=prompt)
+            return self._renderer.render(messages[: count + lead], tools, prompt=prompt, variables=variables)
         except ConfigError:
             raise
         except Exception as error:  # a template is a foreign program and may raise anything
-            raise TemplateRefusal(f"the chat template refuses the row: {error}") from error
+            raise TemplateFailure(f"the chat template refuses the row: {error}") from error
+
+    def check_tools_and_calls(self, learned: Sequence[int], spans: Sequence[Span]) -> None:
+        """Refuse a template that leaves out a tool, or a call of an answer that is not learned.
+
+        The schemas must stand in the prompt of the first learned answer. A name that also stands elsewhere proves
+        nothing, so that such rows are rendered once more under other names. Calls of learned answers are proven within
+        their spans.
+        """
+        chat = self._chat
+        if chat.tools:
+            first = learned[0] if learned else self._last + 1
+            end = spans[0][0] if learned else len(self.text)
+            check_tools(chat.tools, self.text[:end], as_json=self._shape.place.kind == "key")
+            renamed = renamed_tools(chat.tools, chat.messages[:first])
+            if renamed is not None:
+                given = self._shape.give(replace(chat, tools=renamed[0]))
+                prompt = self._render(first, prompt=first <= self._last, given=given)[0]
+                check_tools(chat.tools, prompt, mark=renamed[1])
+        others = [i for i, message in enumerate(chat.messages) if message.tool_calls and i not in learned]
+        if others:
+            calling, mark = renamed_calls(chat, others)
+            text = self._render(self._last + 1, prompt=False, given=self._shape.give(calling))[0]
+            for i in others:
+                check_calls(chat.messages[i], text, 0, len(text), mark=mark)
+        check_results(chat, self.text)
 
     def spans(self, wanted: Sequence[int]) -> tuple[Span, ...]:
         """The spans of the answers ``wanted``, each from its generation prompt to the end of its stop token."""
@@ -154,7 +186,8 @@ class _Page:
                     self._marked(i, marks[i], closing) if self._renderer.has_marks else self._derived(i, closing)
                 )
             except TemplateRefusal as refusal:
-                if i < self._last and self._last in wanted and refusal.hint == _OTHER_TEMPLATE:
+                earlier = i < self._last and self._last in wanted
+                if earlier and refusal.hint == OTHER_TEMPLATE and not refusal.of_shape:
                     raise TemplateRefusal(str(refusal), hint=_LAST_ONLY, field=f"messages[{i}]") from refusal
                 raise
         return tuple(reversed(found))
@@ -174,9 +207,16 @@ class _Page:
         return dict(zip(turns, marks, strict=True))
 
     def _marked(self, i: int, mark: Span, closing: str | None) -> Span:
-        start, end = mark
+        """Return the span of an answer that the template marks, without the text that the generation prompt supplies.
+
+        A mark may begin before the end of the generation prompt (the header, or an empty thought in SmolLM3): the model
+        is given that text, and the span begins where the prompt ends. A mark that begins later is kept: the template
+        says that the model does not write the text before.
+        """
+        supplied = self._supplied_end(i, mark)
+        start, end = max(mark[0], supplied), mark[1]
         bare = self._bare_end(start, end)
-        _check_answer(self._chat.messages[i], self.text, start, bare)
+        check_answer(self._chat.messages[i], self.text, start, bare)
         stop = self._specials.group_end(self.text, bare, end)
         if stop is None and i == self._last:
             stop = self._specials.group_end(self.text, bare, len(self.text))
@@ -184,7 +224,45 @@ class _Page:
             stop = self._closed_as_last(bare, closing)
         if stop is None:
             raise _no_stop(self.text, bare, closing)
+        if start == supplied:
+            self._check_opening(i, start, stop)
         return start, stop
+
+    def _supplied_end(self, i: int, mark: Span) -> int:
+        """Return where the text ends that the generation prompt of turn ``i`` supplies.
+
+        Every answer is checked, because no cheaper check is sound: a template may write another prompt after each
+        conversation. Three cases:
+
+        - The text begins with the prompt: the end of the prompt.
+        - The prompt differs from the text only in the part that asks for the answer (it opens a thought that the text
+          closes at once, or leaves out): the end of what both have in common, at the border of a tag.
+        - The messages before differ too: refused, as with templates that mark nothing.
+        """
+        start, end = mark
+        content = self._chat.messages[i].content.strip()
+        try:
+            prompt = self._render(i, prompt=True)[0]
+        except TemplateFailure:
+            # Some templates demand a message of the user. Nothing supplied is learned where the mark begins with the
+            # answer itself.
+            if content and self.text.startswith(content, skip_space(self.text, start), end):
+                return start
+            raise
+        if self.text.startswith(prompt):
+            return len(prompt)
+        same = _common_length(prompt, self.text)
+        asks = _common_length(prompt, self._render(i, prompt=False)[0])
+        if same < asks:
+            raise self._prompt_differs(prompt, same)
+        tag = prompt.rfind("<", asks, same)
+        return tag if tag >= 0 and ">" not in prompt[tag:same] else same
+
+    def _prompt_differs(self, prompt: str, same: int) -> TemplateRefusal:
+        return TemplateRefusal(
+            "the chat template writes the prompt of an answer differently once the answer follows: "
+            f"{clip(prompt[same:])} becomes {clip(self.text[same:])}"
+        )
 
     # ── templates that do not ────────────────────────────────────────────────────────────────────────────────────
 
@@ -193,11 +271,7 @@ class _Page:
             raise TemplateRefusal("the conversation begins with the assistant, so no prompt leads to that answer")
         message, prompt = self._chat.messages[i], self._render(i, prompt=True)[0]
         if not self.text.startswith(prompt):
-            same = _common_length(prompt, self.text)
-            raise TemplateRefusal(
-                "the chat template writes the prompt of an answer differently once the answer follows: "
-                f"{clip(prompt[same:])} becomes {clip(self.text[same:])}"
-            )
+            raise self._prompt_differs(prompt, _common_length(prompt, self.text))
         start = len(prompt)
         if i == self._last:
             stop = self._ending(self.text, start, message)[1]
@@ -209,7 +283,7 @@ class _Page:
     def _ending(self, text: str, start: int, message: Message) -> Span:
         """Where the text of an answer ends that ends ``text``, and where its stop token does."""
         bare = self._specials.bare_end(text, start, len(text))
-        _check_answer(message, text, start, bare)
+        check_answer(message, text, start, bare)
         stop = self._specials.group_end(text, bare, len(text))
         if stop is None:
             raise _no_stop(text, bare, None)
@@ -225,7 +299,7 @@ class _Page:
             return None
         stop = self._closed_as_last(at + len(content), closing)
         if stop is not None:
-            _check_answer(message, self.text, start, at + len(content))
+            check_answer(message, self.text, start, at + len(content))
         return stop
 
     def _end_as_last(self, i: int, start: int, closing: str | None) -> int:
@@ -239,7 +313,7 @@ class _Page:
             end = start + len(body)
         elif not self.text.startswith(alone[:bare]):
             same = _common_length(alone, self.text)
-            strips = "strips the reasoning of" if any(_reasoning(message)) else "rewrites"
+            strips = "strips the reasoning of" if any(reasoning(message)) else "rewrites"
             raise TemplateRefusal(
                 f"the chat template {strips} an answer once the conversation goes on: "
                 f"{clip(alone[same:])} becomes {clip(self.text[same:])}"
@@ -278,6 +352,10 @@ class _Page:
         return at + len(closing) if closing and self.text.startswith(closing, at) else None
 
 
+def _progress(refusal: TemplateRefusal) -> int:
+    return 0 if isinstance(refusal, TemplateFailure) else 1 if refusal.of_shape else 2
+
+
 def supervised_turns(chat: Conversation, supervise: Supervise) -> list[int]:
     """The positions of the assistant's messages that are learned."""
     roles = [message.role for message in chat.messages]
@@ -291,102 +369,9 @@ def supervised_turns(chat: Conversation, supervise: Supervise) -> list[int]:
     ]
 
 
-def refused(chat: Conversation, reason: str, *, hint: str = _OTHER_TEMPLATE, field: str | None = None) -> Problem:
+def refused(chat: Conversation, reason: str, *, hint: str = OTHER_TEMPLATE, field: str | None = None) -> Problem:
     """The problem of a row that the template cannot do justice to."""
     return Problem(file=chat.file, line=chat.line, field=field, problem=reason, hint=hint)
-
-
-def clip(text: str) -> str:
-    """``text`` quoted, its middle left out when it is long."""
-    return repr(text if len(text) <= 60 else f"{text[:30]}…{text[-30:]}")
-
-
-def _check_written(chat: Conversation, text: str) -> None:
-    """Refuse a template that leaves out what somebody says: a system prompt, a tool's result, all text (vision)."""
-    at = 0
-    for i, message in enumerate(chat.messages):
-        content = message.content.strip()
-        if message.role == "assistant":  # earlier reasoning may go where it is not learned
-            content = "" if message.tool_calls else content.rpartition("</think>")[2].strip()
-        # In their order, so that long conversations are searched once; templates may also move a system prompt.
-        found = text.find(content, at)
-        if found >= 0:
-            at = found + len(content)
-        elif content not in text and json.dumps(content, ensure_ascii=False)[1:-1] not in text:
-            if message.role == "assistant" and message.supervised:
-                raise TemplateRefusal(f"the chat template rewrites the assistant's text {clip(content)}")
-            raise TemplateRefusal(
-                f"the chat template leaves out or rewrites the text of role {message.role!r} {clip(content)}",
-                field=f"messages[{i}].content",
-            )
-
-
-def _check_answer(message: Message, text: str, start: int, end: int) -> None:
-    """Refuse a template that does not write all of a supervised answer into ``text[start:end]``."""
-
-    def written(part: str) -> bool:
-        # Calls follow the content; without calls the answer is what the turn ends with.
-        return text.find(part, start, end) >= 0 if message.tool_calls else text.endswith(part, start, end)
-
-    content = message.content.strip()
-    if not written(content) and not ("</think>" in content and written(content.rpartition("</think>")[2].strip())):
-        if content and (at := text.rfind(content, start, end)) >= 0:
-            raise TemplateRefusal(
-                "the chat template leaves no stop token after the assistant's text: "
-                f"{clip(text[at + len(content) : end])} is none of the tokenizer's special tokens"
-            )
-        raise TemplateRefusal(f"the chat template rewrites the assistant's text {clip(content)}")
-    if "</think>" in content and (at := text.rfind(content, start, end)) >= 0:
-        if text[max(0, at - 20) : at].rstrip().endswith(("<think>", "</think>")):
-            raise TemplateRefusal(
-                "the chat template writes a thought of its own before the one in the content",
-                hint="move the thought from the content to a field 'reasoning_content' of the message",
-            )
-    for thought in _reasoning(message):
-        if text.find(thought, start, end) < 0:
-            raise TemplateRefusal(f"the chat template strips the reasoning of an answer, {clip(thought)}")
-    for call in message.tool_calls or ():
-        name = call.get("function", call).get("name")
-        if isinstance(name, str) and text.find(name, start, end) < 0:
-            raise TemplateRefusal(f"the chat template leaves out the call of the tool {name!r}")
-
-
-def _reasoning(message: Message) -> Iterator[str]:
-    """The pieces of reasoning that a message carries, in its fields and between the marks in its content."""
-    for field in _REASONING_FIELDS:
-        value = (message.extra or {}).get(field)
-        if isinstance(value, str) and value.strip():
-            yield value.strip()
-    if "</think>" in message.content:
-        for piece in message.content.rpartition("</think>")[0].split("<think>"):
-            if piece.strip():
-                yield piece.strip()
-
-
-def _texts(message: Message) -> Iterator[tuple[str, str]]:
-    """The texts of a message with the names of their fields."""
-    yield "content", message.content
-    if message.tool_calls or message.name or message.extra:
-        for text in _strings(message.tool_calls):
-            yield "tool_calls", text
-        if message.name:
-            yield "name", message.name
-        for field, value in (message.extra or {}).items():
-            for text in _strings(value):
-                yield field, text
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Every text in a JSON value, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _strings(key)
-            yield from _strings(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _strings(item)
 
 
 def _no_stop(text: str, end: int, closing: str | None) -> TemplateRefusal:
