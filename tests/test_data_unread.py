@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_data_containers import ROWS
 
 from llmtune.cli.program import main
 from llmtune.data import Document, Problem, check, read
 from llmtune.errors import ConfigError, DataError
-from tests.test_data_containers import ROWS
 
 CHAT = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "Lima"}]
 

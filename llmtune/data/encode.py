@@ -148,12 +148,12 @@ class _Job:
                 yield _Piece(part=part, file=chunk.file, tally=tally, rows=_columns(rows))
                 tally, num_tokens, rows = self.start(), 0, []
             tally.rows += 1
-            if record is not None and (record.unused or record.extra_keys):
-                tally.unused.add(record.unused, record.extra_keys)
             if record is None or not isinstance(result, Encoded):
                 problems = result if isinstance(result, list) else []
                 tally.bad([_placed(problem, reading, chunk) for problem in problems])
                 continue
+            if record.unused or result.unwritten:
+                tally.unused.add(record.unused, result.unwritten)
             encoded = self._fit(record, result, tally)
             if encoded is not None:
                 text = record_text(record)

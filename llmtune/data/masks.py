@@ -18,6 +18,7 @@ import numpy as np
 from llmtune.data.proof import clip
 from llmtune.data.records import Conversation, Document, Problem
 from llmtune.data.spans import ChatTemplate, Located, Supervise, refused
+from llmtune.data.unwritten import unwritten
 from llmtune.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -28,10 +29,14 @@ Run = tuple[int, int]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Encoded:
-    """One row. ``input_ids``: int32 [seq]; ``supervised``: bool [seq], whether the token is learned."""
+    """One row. ``input_ids``: int32 [seq]; ``supervised``: bool [seq], whether the token is learned.
+
+    ``unwritten``: names of parts of the row that the chat template leaves out.
+    """
 
     input_ids: NDArray[np.int32]
     supervised: NDArray[np.bool_]
+    unwritten: tuple[str, ...] = ()
 
 
 class ChatEncoder:
@@ -133,7 +138,7 @@ class ChatEncoder:
             reason = self._flaw(row, [next(decoded) for _ in row.runs])
             if reason is not None and row.use_offsets():
                 reason = self._flaw(row, self._decode(row.learned()))
-            results.append(row.encoded() if reason is None else refused(chat, reason))
+            results.append(row.encoded(unwritten(chat, row.text)) if reason is None else refused(chat, reason))
         return results
 
     def _decode(self, runs: list[list[int]]) -> list[str]:
@@ -212,12 +217,12 @@ class _Row:
         """The supervised ids, run by run."""
         return [self.ids[first:last] for first, last in self.runs]
 
-    def encoded(self) -> Encoded:
+    def encoded(self, unwritten: tuple[str, ...]) -> Encoded:
         """The row as it is kept."""
         supervised = np.zeros(len(self.ids), dtype=np.bool_)
         for first, last in self.runs:
             supervised[first:last] = True
-        return Encoded(input_ids=np.array(self.ids, dtype=np.int32), supervised=supervised)
+        return Encoded(input_ids=np.array(self.ids, dtype=np.int32), supervised=supervised, unwritten=unwritten)
 
 
 def _stop_ids(tokenizer: Any) -> frozenset[int]:

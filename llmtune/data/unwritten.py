@@ -21,6 +21,8 @@ def unwritten(chat: Conversation, text: str) -> tuple[str, ...]:
         chat: The conversation.
         text: What the chat template wrote.
     """
+    if chat.tools is None and not any(message.extra or message.name or message.tool_calls for message in chat.messages):
+        return ()
     missing: dict[str, None] = {}
     for name, part in _parts(chat):
         if name not in missing and not _stands_in(part, text):
