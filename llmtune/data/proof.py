@@ -229,7 +229,7 @@ def check_calls(message: Message, text: str, start: int, end: int, *, mark: str 
                 of_shape=True,
             )
         for leaf in _leaves(arguments):
-            if not _is_written(leaf, text, start, end):
+            if not is_written(leaf, text, start, end):
                 raise TemplateRefusal(
                     f"the chat template leaves out {clip(str(leaf))} of the call of the tool {name!r}", of_shape=True
                 )
@@ -238,7 +238,7 @@ def check_calls(message: Message, text: str, start: int, end: int, *, mark: str 
 def check_results(chat: Conversation, text: str) -> None:
     """Refuse a template that leaves out the name of a tool's result; `check_written` proves its content."""
     for i, message in enumerate(chat.messages):
-        if message.role == "tool" and message.name and not _is_written(message.name, text, 0, len(text)):
+        if message.role == "tool" and message.name and not is_written(message.name, text, 0, len(text)):
             raise TemplateRefusal(
                 f"the chat template leaves out the name {message.name!r} of a tool's result",
                 hint=f"remove 'name' from the message where the model need not know it, or {OTHER_TEMPLATE}",
@@ -265,12 +265,12 @@ def check_tools(tools: Sequence[Mapping[str, Any]], prompt: str, *, as_json: boo
                 field="tools",
                 of_shape=True,
             )
-        if isinstance(name, str) and not _is_written(name + mark, prompt, 0, len(prompt)):
+        if isinstance(name, str) and not is_written(name + mark, prompt, 0, len(prompt)):
             raise TemplateRefusal(
                 f"the chat template leaves out the tool {name!r} from the prompt", field="tools", of_shape=True
             )
         for part in _schema_texts(function) if isinstance(name, str) else _strings(tool):
-            if not _is_written(part, prompt, 0, len(prompt)):
+            if not is_written(part, prompt, 0, len(prompt)):
                 raise TemplateRefusal(
                     f"the chat template leaves out {clip(part)} of the tool {name!r} from the prompt",
                     field="tools",
@@ -347,7 +347,7 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _is_written(value: Any, text: str, start: int, end: int) -> bool:
+def is_written(value: Any, text: str, start: int, end: int) -> bool:
     """Return whether ``text[start:end]`` holds a text or a number, as it is or as JSON or Python write it."""
     if not isinstance(value, str):
         return text.find(json.dumps(value, default=str), start, end) >= 0 or text.find(str(value), start, end) >= 0

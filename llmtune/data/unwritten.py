@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from llmtune.data.proof import is_written
 from llmtune.data.records import Conversation
 
 # Keys whose values link a call to its result, or name a kind: structure, not text.
@@ -25,7 +25,7 @@ def unwritten(chat: Conversation, text: str) -> tuple[str, ...]:
         return ()
     missing: dict[str, None] = {}
     for name, part in _parts(chat):
-        if name not in missing and not _stands_in(part, text):
+        if name not in missing and not is_written(part, text, 0, len(text)):
             missing[name] = None
     return tuple(sorted(missing))
 
@@ -58,8 +58,3 @@ def _texts(value: Any, name: str) -> Iterator[tuple[str, str]]:
 
 def _is_link(key: str, value: Any) -> bool:
     return key in _LINKS and isinstance(value, str) and not any(char.isspace() for char in value)
-
-
-def _stands_in(part: str, text: str) -> bool:
-    part = part.strip()
-    return part in text or json.dumps(part, ensure_ascii=False)[1:-1] in text or json.dumps(part)[1:-1] in text
