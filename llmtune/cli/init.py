@@ -143,6 +143,7 @@ def _wizard(
         names = [path.name for path in Path().iterdir() if path.is_file()]
         wanted = settled(wanted, interview.ask(data_question(names)))
     inputs = rows.inputs_of(wanted, None)
+    rows.tell_reading(inputs)
     report = rows.check_data(inputs)
     _require_good(report, wanted, as_json=as_json)
     _tell_data(report)

@@ -26,7 +26,7 @@ class DataReport:
 
     ``problems``: the first 10,000 of ``num_problems``, in the order of files and lines. ``supervision`` and ``leakage``
     are known once the rows were encoded for a model, and compared with evaluation data. ``dropped_duplicates``: rows
-    that a run left out because they repeat others.
+    that a run left out because they repeat others. ``notices``: what a person should know about how the data is read.
     """
 
     format: str
@@ -42,6 +42,7 @@ class DataReport:
     advice: tuple[Advice, ...] = ()
     supervision: Supervision | None = None
     leakage: Leakage | None = None
+    notices: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -80,6 +81,7 @@ class DataReport:
             "duplicates": self.duplicates.to_json(),
             "dropped_duplicates": self.dropped_duplicates,
             "advice": [each.to_json() for each in self.advice],
+            "notices": list(self.notices),
         }
         if self.supervision is not None:
             document["tokens"] = self.supervision.tokens
@@ -132,6 +134,7 @@ def data_report(readings: Sequence[Reading], tally: ScanTally, *, near_duplicate
         statistics=statistics,
         duplicates=duplicates,
         advice=advise(statistics, duplicates) if tally.rows > tally.bad_rows else (),
+        notices=tuple(dict.fromkeys(notice for reading in readings for notice in reading.source.told)),
     )
 
 

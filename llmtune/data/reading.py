@@ -9,6 +9,7 @@ from itertools import chain, islice
 from typing import Any
 
 from llmtune.data.formats import FORMAT_NAMES, FORMATS, Format, candidates
+from llmtune.data.kinds import TextRows
 from llmtune.data.messages import is_list
 from llmtune.data.records import Chunk, Problem, Record, SourceRow
 from llmtune.data.source import Source, resolve
@@ -72,6 +73,7 @@ def read(
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
     weight: float = 1.0,
+    text_rows: TextRows = "documents",
 ) -> Reading:
     """Recognise the format of ``data`` (anything `resolve` takes) and make it ready to iterate.
 
@@ -80,6 +82,7 @@ def read(
         format: One of `FORMAT_NAMES`; recognised from the first rows when not given.
         columns: Field of the format -> column of the data, where they differ.
         weight: As a part of a mix, how often each row is seen in one epoch.
+        text_rows: What is a row of a ``.txt`` or ``.md`` file.
 
     Raises:
         ConfigError: An unknown format or field name.
@@ -87,7 +90,7 @@ def read(
     """
     columns = dict(columns or {})
     _check_names(format, columns)
-    source = resolve(data)
+    source = resolve(data, text_rows=text_rows)
     sample = list(islice((row for row in source if isinstance(row, SourceRow)), _SAMPLE_ROWS))
     if not sample:
         raise DataError(_no_rows(source))
