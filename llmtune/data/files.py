@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from llmtune.data.splits import Layout, layout_of, roles_in
 from llmtune.data.tables import DELIMITERS, dialect_of
 from llmtune.errors import DataError, nearest
 
+_MOST_SKIPPED = 10  # files that are named
 _DEFAULT_DELIMITERS = {"csv": ",", "tsv": "\t"}
 
 
@@ -74,7 +76,9 @@ def readable(files: Sequence[Path], given: str, text_rows: TextRows) -> Readable
     unknown = [file for file in files if kind_of(file) is None]
     if unknown:
         raise DataError(_unsupported(unknown[0]))
-    _require_one_kind({str(kind_of(file)): _of_kind(files, file) for file in files}, given)
+    kinds = {str(kind_of(file)): _of_kind(files, file) for file in files}
+    if len(kinds) > 2 or "text" not in kinds:  # a text file may turn out to be JSON
+        _require_one_kind(kinds, given)
     paths, remarks = [], _Remarks()
     for file in files:
         paths.append(_readable(file, remarks))
@@ -158,7 +162,8 @@ def _of_kind(files: Sequence[Path], like: Path) -> list[Path]:
 
 def _require_one_kind(kinds: dict[str, list[Path]], given: str) -> None:
     if len(kinds) > 1:
-        found = ", ".join(f"{kind} ({files[0].name})" for kind, files in sorted(kinds.items()))
+        titles = {"document": "text", "lines": "text"}
+        found = ", ".join(f"{titles.get(kind, kind)} ({files[0].name})" for kind, files in sorted(kinds.items()))
         most = max(kinds.values(), key=len)
         raise DataError(
             f"{given}: files of different kinds lie together: {found}. Name one kind, e.g. {pattern_of(most)}."
@@ -196,7 +201,7 @@ def _files_of_glob(pattern: str) -> FilesFound:
 
 
 def _skipped(given: str | Path, files: Sequence[Path], base: Path) -> tuple[str, ...]:
-    return (f"{given}: skipped as no data: {listed(files, base)}.",) if files else ()
+    return (f"{given}: skipped as no data: {listed(files, base, most=_MOST_SKIPPED)}.",) if files else ()
 
 
 def _missing(path: Path) -> str:
@@ -219,8 +224,7 @@ def _holds_data(path: Path) -> bool:
 
 def _other_pattern(pattern: str) -> str:
     """A pattern that matches data beside what was looked for."""
-    folder = Path(pattern.partition("*")[0].partition("?")[0].partition("[")[0])
-    folder = folder if pattern.startswith(f"{folder}/") and folder.is_dir() else folder.parent
+    folder = Path(re.split(r"[*?[]", pattern, maxsplit=1)[0] + "*").parent
     if not folder.is_dir():
         return f" The directory {folder} does not exist."
     files = [file for file in sorted(folder.iterdir()) if file.is_file() and _holds_data(file)]

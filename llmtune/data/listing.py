@@ -18,7 +18,6 @@ from llmtune.errors import DataError
 _METADATA = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "config.json"})
 # Text files about data, where they lie beside data of another kind.
 _DESCRIPTION = re.compile(r"(?:readme|licen[sc]e|notice|citation|requirements|changelog|contributing)\b.*", re.I)
-_SHOWN = 3
 
 
 def files_of(directory: Path, *, within: Sequence[str] | None = None) -> tuple[list[Path], list[Path]]:
@@ -101,11 +100,11 @@ def pattern_of(files: Sequence[Path]) -> str:
     return shlex.quote(str(first))
 
 
-def listed(files: Sequence[Path], base: Path | None = None) -> str:
+def listed(files: Sequence[Path], base: Path | None = None, *, most: int = 3) -> str:
     """The first files, relative to ``base``, and how many follow."""
     names = [str(file.relative_to(base) if base and file.is_relative_to(base) else file) for file in files]
-    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def of_saved_data_sets(files: Sequence[Path]) -> list[Path]:
