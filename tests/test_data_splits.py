@@ -235,6 +235,7 @@ def test_a_dataset_dict_that_leaves_open_what_to_learn_from(tmp_path):
     )
     with pytest.raises(DataError, match=r"train_sft, train_gen .*data\['train_sft'\]"):
         resolve(several)
+    assert names(resolve(several["train_sft"])) == ["train_sft"]
     several.save_to_disk(tmp_path / "saved")
     with pytest.raises(DataError, match=r"several splits to learn from: train_gen, train_sft"):
         resolve(tmp_path / "saved")
