@@ -117,12 +117,12 @@ def test_the_splits_of_a_folder(tmp_path, layout):
     found = find(folder(tmp_path, *files))
     assert names(found.train) == train
     assert found.split == split
-    assert len(found.judged) == len(names(found.evaluation)) == num_evaluation
+    assert len(found.evaluation_names) == len(names(found.evaluation)) == num_evaluation
     assert len(found.unused) == num_unused
-    assert {*found.learned, *found.judged, *found.unused} == set(files)  # no file without a word
+    assert {*found.train_names, *found.evaluation_names, *found.unused} == set(files)  # no file without a word
     notice = told(tmp_path)
     if num_evaluation or num_unused:
-        assert all(file in notice for file in (*found.judged, *found.unused))
+        assert all(file in notice for file in (*found.evaluation_names, *found.unused))
 
 
 @given(role=st.sampled_from(list(KEYWORDS)), data=st.data())
@@ -268,7 +268,7 @@ def test_a_saved_dataset_is_read_through_its_state(tmp_path):
     assert len(list(read(str(saved / "*.arrow")))) == 4
     assert len(list(read(tmp_path))) == 4  # also from a folder above
     (saved / "data-00001-of-00002.arrow").unlink()
-    with pytest.raises(DataError, match=r"state\.json names data-00001-of-00002\.arrow, which is missing"):
+    with pytest.raises(DataError, match=r"state\.json names data-00001-of-00002\.arrow, missing in this folder"):
         read(saved)
 
 
@@ -297,6 +297,15 @@ def test_skipped_files_are_named_once(tmp_path, capsys):
     document = json.loads(captured.out)
     assert len(document["notices"]) == 2
     assert [notice for notice in document["notices"] if "evaluation data: data/test.jsonl (test split)" in notice]
+
+
+@pytest.mark.parametrize("name", ["train.parquet", "train.jsonl", "train.txt", "train.csv"])
+def test_a_clone_without_its_large_files_is_explained(tmp_path, name):
+    """``git clone`` without Git LFS leaves pointers, and a pointer named ``.txt`` would be learned as a text."""
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    (tmp_path / name).write_text(pointer)
+    with pytest.raises(DataError, match=rf"{re.escape(name)}: a pointer of Git LFS, not the data.*git lfs pull"):
+        resolve(tmp_path)
 
 
 def test_documents_of_both_extensions_are_read_together(tmp_path):

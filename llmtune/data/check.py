@@ -134,7 +134,7 @@ def data_report(readings: Sequence[Reading], tally: ScanTally, *, near_duplicate
         statistics=statistics,
         duplicates=duplicates,
         advice=advise(statistics, duplicates) if tally.rows > tally.bad_rows else (),
-        notices=tuple(dict.fromkeys(notice for reading in readings for notice in reading.source.told)),
+        notices=tuple(dict.fromkeys(notice for reading in readings for notice in reading.source.all_notices)),
     )
 
 

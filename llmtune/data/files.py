@@ -25,6 +25,8 @@ from llmtune.data.splits import Layout, layout_of, roles_in
 from llmtune.data.tables import DELIMITERS, dialect_of
 from llmtune.errors import DataError, nearest
 
+# The text that stands for a file in a Git repository, https://github.com/git-lfs/git-lfs/blob/main/docs/spec.md.
+_POINTER, _MOST_POINTER_BYTES = b"version https://git-lfs.github.com/spec/", 1024
 _MOST_SKIPPED = 10  # files that are named
 _DEFAULT_DELIMITERS = {"csv": ",", "tsv": "\t"}
 
@@ -141,6 +143,7 @@ class _Remarks:
 def _readable(file: Path, remarks: _Remarks) -> Path:
     kind = kind_of(file)
     assert kind is not None, "files that hold no data were left out before"
+    _require_content(file)
     path = unpacked(file) if is_compressed(file) else file
     if not is_text(kind):
         return path
@@ -154,6 +157,22 @@ def _readable(file: Path, remarks: _Remarks) -> Path:
     if encoding.guessed_from:
         remarks.encodings.setdefault(encoding.name, []).append((file, encoding))
     return as_utf8(path, encoding.name, str(file))
+
+
+def _require_content(file: Path) -> None:
+    """Refuse what `git clone` leaves in the place of a large file where Git LFS is not installed.
+
+    Raises:
+        DataError: Names the command that fetches the content.
+    """
+    if file.stat().st_size > _MOST_POINTER_BYTES:
+        return
+    try:
+        is_pointer = file.read_bytes().startswith(_POINTER)
+    except OSError as error:
+        raise DataError(f"{file}: cannot be opened ({error.strerror}).") from error
+    if is_pointer:
+        raise DataError(f"{file}: a pointer of Git LFS, not the data. Fetch the data with `git lfs pull` in the clone.")
 
 
 def _of_kind(files: Sequence[Path], like: Path) -> list[Path]:

@@ -134,9 +134,11 @@ def _saved_files(folder: Path) -> set[Path] | None:
             "Load it with datasets.load_from_disk and save it again."
         )
     files = {folder / str(entry["filename"]) for entry in entries}
-    missing = sorted(file.name for file in files if not file.is_file())
+    missing = sorted(str(file.relative_to(folder)) for file in files if file.parent != folder or not file.is_file())
     if missing:
-        raise DataError(f"{folder}: state.json names {', '.join(missing)}, which is missing. Save the data set again.")
+        raise DataError(
+            f"{folder}: state.json names {', '.join(missing)}, missing in this folder. Save the data set again."
+        )
     return files
 
 

@@ -50,7 +50,7 @@ class Source:
             object.__setattr__(self, "labels", tuple(map(str, self.files)) or (_ROWS_FILE,))
 
     @property
-    def told(self) -> tuple[str, ...]:
+    def all_notices(self) -> tuple[str, ...]:
         """Warnings and notices together."""
         return (*self.warnings, *self.notices)
 
@@ -142,7 +142,7 @@ class Found:
         split: Its name: ``validation`` or ``test``.
         place: What messages call the data.
         unused: Files or splits that are neither.
-        learned, judged: Files or splits of ``train`` and ``evaluation``.
+        train_names, evaluation_names: Files or splits of ``train`` and ``evaluation``.
     """
 
     train: Source
@@ -150,8 +150,8 @@ class Found:
     split: str = ""
     place: str = ""
     unused: tuple[str, ...] = ()
-    learned: tuple[str, ...] = ()
-    judged: tuple[str, ...] = ()
+    train_names: tuple[str, ...] = ()
+    evaluation_names: tuple[str, ...] = ()
 
     def notices(self, *, with_evaluation: bool) -> tuple[str, ...]:
         """Say which splits are read; nothing where there is only one.
@@ -161,10 +161,10 @@ class Found:
         """
         if self.evaluation is None and not self.unused:
             return ()
-        unread = self.unused if with_evaluation else (*self.judged, *self.unused)
-        parts = [f"training data: {_names(self.learned)}"]
+        unread = self.unused if with_evaluation else (*self.evaluation_names, *self.unused)
+        parts = [f"training data: {_names(self.train_names)}"]
         if with_evaluation and self.evaluation is not None:
-            parts.append(f"evaluation data: {_names(self.judged)} ({self.split} split)")
+            parts.append(f"evaluation data: {_names(self.evaluation_names)} ({self.split} split)")
         if unread:
             parts.append(f"not read: {_names(unread)}")
         return (f"{self.place}: {'; '.join(parts)}.",)
@@ -222,8 +222,10 @@ def resolve_evaluation(data: Any, *, text_rows: TextRows = "documents") -> Sourc
     found = find(data, text_rows=text_rows)
     if found.evaluation is None:
         return _with_notices(found.train, found.notices(with_evaluation=False))
-    unread = _names((*found.learned, *found.unused))
-    told = f"{found.place}: evaluation data: {_names(found.judged)} ({found.split} split); not read: {unread}."
+    unread = _names((*found.train_names, *found.unused))
+    told = (
+        f"{found.place}: evaluation data: {_names(found.evaluation_names)} ({found.split} split); not read: {unread}."
+    )
     return _with_notices(found.evaluation, (told,))
 
 
@@ -249,8 +251,8 @@ def _found_files(given: str | Path, text_rows: TextRows) -> Found:
         split=layout.split,
         place=str(given),
         unused=names["unused"],
-        learned=names["train"],
-        judged=names["evaluation"],
+        train_names=names["train"],
+        evaluation_names=names["evaluation"],
     )
 
 
@@ -284,8 +286,8 @@ def _found_splits(data: Mapping[str, Sequence[object]]) -> Found:
         split=choice.split,
         place="DatasetDict",
         unused=unused,
-        learned=learned,
-        judged=judged,
+        train_names=learned,
+        evaluation_names=judged,
     )
 
 
