@@ -23,6 +23,7 @@ VALUES = {
     "data.eval_path": "e.jsonl",
     "data.format": "chat",
     "data.columns": {"prompt": "q"},
+    "data.text_rows": "lines",
     "data.max_length": 512,
     "data.sources": [{"path": "a.jsonl", "weight": 2.0, "format": "chat", "columns": {"messages": "turns"}}],
     "data.too_long": "drop",

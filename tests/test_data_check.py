@@ -438,7 +438,7 @@ def test_fixed_file_and_quarantine_together_hold_every_byte_that_matters(tmp_pat
 
 
 def quarantine_of(path: Path) -> list[dict]:
-    write_fixed(path, path.with_name("out.jsonl"))
+    write_fixed(path, path.with_name("out.jsonl"), overwrite=True)
     return [orjson.loads(raw) for raw in path.with_name("out.quarantine.jsonl").read_bytes().splitlines()]
 
 
@@ -469,7 +469,7 @@ def test_the_data_itself_is_never_overwritten(tmp_path, out):
     for name in ("d.jsonl", "sub.quarantine.jsonl"):
         (tmp_path / name).write_bytes(line(GOOD) + b"\n")
     with pytest.raises(ConfigError, match=r"name of a new \.jsonl file"):
-        write_fixed(str(tmp_path / "*.jsonl"), tmp_path / out)
+        write_fixed(str(tmp_path / "*.jsonl"), tmp_path / out, overwrite=True)
 
 
 def test_rows_in_memory_are_fixed_too(tmp_path):

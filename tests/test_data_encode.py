@@ -213,6 +213,8 @@ def test_texts(tmp_path, tok):
     path = tmp_path / "d.txt"
     path.write_text("one line\nanother line\n")
     dataset = encode(path, tok, cache_dir=tmp_path / "cache")
+    assert tok.decode(dataset[0].input_ids) == "one line\nanother line</s>"
+    dataset = encode(read(path, text_rows="lines"), tok, cache_dir=tmp_path / "cache")
     assert dataset.stats.supervised_tokens == dataset.stats.tokens
     assert tok.decode(dataset[1].input_ids) == "another line</s>"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import tracemalloc
 from pathlib import Path
@@ -32,7 +33,7 @@ def problems_of(path: Path, *lines: bytes, good: dict = GOOD) -> list[tuple[int,
     report = check(path)
     assert report.rows - report.bad_rows == 2 + len([line for line in lines if line.strip()]) - report.bad_rows
     assert report.bad_rows == len({problem.line for problem in report.problems})
-    good_rows, bad_rows = write_fixed(path, path.with_name("fixed.jsonl"))
+    good_rows, bad_rows = write_fixed(path, path.with_name("fixed.jsonl"), overwrite=True)
     assert (good_rows, bad_rows) == (report.rows - report.bad_rows, report.bad_rows)
     return [(problem.line - 1, problem.field, problem.problem) for problem in report.problems]
 
@@ -55,11 +56,23 @@ def test_fault_59_invalid_utf8_in_other_containers(tmp_path):
     )
     pq.write_table(pa.table({"text": texts}), tmp_path / "d.parquet")
     for name, line in (("d.csv", 3), ("d.txt", 2), ("d.json", 2), ("d.parquet", 2)):
-        report = check(tmp_path / name)
+        report = check(read(tmp_path / name, text_rows="lines"))
         assert (report.rows, [(problem.line, problem.problem[:13]) for problem in report.problems]) == (
             3,
             [(line, "invalid UTF-8")],
         )
+
+
+def test_fault_59_invalid_utf8_in_a_document(tmp_path):
+    (tmp_path / "a.txt").write_bytes("é\n".encode() + b"ab\xe9\nc")
+    (tmp_path / "b.txt").write_bytes(b"fine")
+    report = check(tmp_path)
+    assert [(p.file, p.line, p.problem) for p in report.problems] == [
+        (str(tmp_path / "a.txt"), 1, "invalid UTF-8: byte 0xe9 at line 2, column 3")
+    ]
+    write_fixed(tmp_path, tmp_path / "out.jsonl")
+    (entry,) = map(orjson.loads, (tmp_path / "out.quarantine.jsonl").read_bytes().splitlines())
+    assert base64.b64decode(entry["raw_base64"]) == "é\n".encode() + b"ab\xe9\nc"
 
 
 def test_fault_60_type_changes_between_rows(tmp_path):
@@ -176,12 +189,26 @@ def test_fault_64_duplicate_key(tmp_path):
     ]
 
 
-def test_fault_64_utf16(tmp_path):
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_fault_64_utf16(tmp_path, encoding):
     path = tmp_path / "d.jsonl"
-    for encoding in ("utf-16", "utf-16-le", "utf-16-be"):
-        path.write_text("\n".join([json.dumps(GOOD)] * 3), encoding=encoding)
-        with pytest.raises(DataError, match=r"UTF-16, expected UTF-8|NUL character"):
-            check(path)
+    bad = json.dumps(GOOD, ensure_ascii=False)[:-5] + "é"
+    path.write_text("\n".join([json.dumps(GOOD, ensure_ascii=False), bad, json.dumps(GOOD)]), encoding=encoding)
+    report = check(path)
+    assert [(p.file, p.line, p.problem) for p in report.problems] == [(str(path), 2, "the JSON is cut off")]
+    assert [r.messages[1].content for r in read(path) if not isinstance(r, list)] == [
+        GOOD["messages"][1]["content"]
+    ] * 2
+    write_fixed(path, tmp_path / "out.jsonl")
+    (entry,) = map(orjson.loads, (tmp_path / "out.quarantine.jsonl").read_bytes().splitlines())
+    assert (entry["file"], entry["raw"]) == (str(path), bad)
+
+
+def test_fault_64_damaged_utf16(tmp_path):
+    path = tmp_path / "d.csv"
+    path.write_bytes("question,answer\na,b\n".encode("utf-16") + b"\x00\xd8\x20\x00")  # half of a pair
+    with pytest.raises(DataError, match=r"d\.csv: damaged UTF-16 text"):
+        check(path)
 
 
 def test_fault_65_nesting_of_5000_levels(tmp_path):
@@ -242,9 +269,9 @@ def test_fault_67_a_line_of_20_megabytes(tmp_path, name):
         for _ in range(size // len(block)):
             file.write(block)
         file.write(end)
-    check(tmp_path / name)  # what is imported on the way counts for nothing
+    check(read(tmp_path / name, text_rows="lines"))  # what is imported on the way counts for nothing
     tracemalloc.start()
-    report = check(tmp_path / name)
+    report = check(read(tmp_path / name, text_rows="lines"))
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     line = 3 if name == "d.csv" else 2
@@ -253,7 +280,25 @@ def test_fault_67_a_line_of_20_megabytes(tmp_path, name):
     ]
     assert report.rows == 3
     assert peak_bytes < 40_000_000
-    write_fixed(tmp_path / name, tmp_path / "out.jsonl")
+    write_fixed(read(tmp_path / name, text_rows="lines"), tmp_path / "out.jsonl")
     (entry,) = map(orjson.loads, (tmp_path / "out.quarantine.jsonl").read_bytes().splitlines())
     assert entry["raw"].count("a") == size
     assert isinstance(report.problems[0], Problem)
+
+
+def test_fault_67_a_document_of_60_megabytes(tmp_path):
+    path = tmp_path / "d.txt"
+    path.write_bytes(b"a\n" * 30_000_000)
+    (tmp_path / "e.txt").write_text("fine")
+    check(tmp_path)
+    tracemalloc.start()
+    report = check(tmp_path)
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [(p.line, p.problem) for p in report.problems] == [
+        (1, "the row has 57.2 MiB, more than the 16.0 MiB that a row may have")
+    ]
+    assert peak_bytes < 40_000_000
+    write_fixed(tmp_path, tmp_path / "out.jsonl")
+    (entry,) = map(orjson.loads, (tmp_path / "out.quarantine.jsonl").read_bytes().splitlines())
+    assert len(entry["raw"]) >= 59_999_998

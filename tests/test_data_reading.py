@@ -103,17 +103,22 @@ def test_datasets_dataset():
     data = datasets.Dataset.from_list([CHAT, CHAT])
     assert [record.messages for record in read(data)] == [(USER, ANSWER)] * 2
     assert resolve(data).fingerprint == resolve([CHAT, CHAT]).fingerprint
-    with pytest.raises(DataError, match=r"data\['train'\]"):
-        resolve(datasets.DatasetDict({"train": data}))
+    assert [record.messages for record in read(datasets.DatasetDict({"train": data}))] == [(USER, ANSWER)] * 2
 
 
-def test_text_lines_and_text_fields(tmp_path):
-    path = tmp_path / "d.txt"
-    path.write_bytes("one\r\n\r\n \ntwo é".encode())
-    assert list(read(path)) == [
+@pytest.mark.parametrize("suffix", [".txt", ".md"])
+def test_a_text_file_is_one_document_unless_lines_are_asked_for(tmp_path, suffix):
+    path = tmp_path / f"d{suffix}"
+    path.write_bytes("\ufeffone\r\n\r\n \ntwo é\r\n".encode())
+    assert list(read(path)) == [Document(text="one\n\n \ntwo é", file=str(path), line=1)]
+    assert list(read(path, text_rows="lines")) == [
         Document(text="one", file=str(path), line=1),
         Document(text="two é", file=str(path), line=4),
     ]
+    assert resolve(path).fingerprint != resolve(path, text_rows="lines").fingerprint
+
+
+def test_text_fields():
     assert list(read([{"text": "one"}])) == [Document(text="one", file="rows", line=1)]
 
 
@@ -452,13 +457,6 @@ def test_unsupported_extension_lists_the_supported(tmp_path):
         resolve(3)
     with pytest.raises(DataError, match="no rows"):
         resolve([])
-
-
-def test_utf16_is_explained(tmp_path):
-    path = tmp_path / "d.jsonl"
-    path.write_text('{"text": "a"}', encoding="utf-16")
-    with pytest.raises(DataError, match="UTF-16"):
-        read(path)
 
 
 def test_directories_and_globs_are_read_in_order(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -9,7 +10,7 @@ import typer
 from llmtune.cli.app import command
 from llmtune.cli.options import Asked, Config, EvalData, Format, Json, MaybeData, Set, configured
 from llmtune.console import quieten_libraries, speaker
-from llmtune.errors import DataError
+from llmtune.errors import ConfigError, DataError
 from llmtune.units import format_bytes
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ Fix = Annotated[
     str | None,
     typer.Option("--fix", metavar="OUT", help="Write the good rows to OUT.jsonl, the others to OUT.quarantine.jsonl."),
 ]
+Force = Annotated[bool, typer.Option("--force", help="Overwrite the files of --fix where they exist.")]
 Near = Annotated[
     bool | None,
     typer.Option(
@@ -47,6 +49,7 @@ def check(
     config: Config = None,
     settings: Set = None,
     fix: Fix = None,
+    force: Force = False,
     near: Near = None,
     as_json: Json = False,
 ) -> None:
@@ -54,23 +57,39 @@ def check(
 
     Reads every row and reports with file and line; exit code 3 when there are problems.
     """
-    from llmtune.finetuner.rows import inputs_of
+    from llmtune.finetuner.rows import inputs_of, tell_reading
 
+    _require_place(fix, data, force=force)
     format_setting = [] if format is None else [f"data.format={format}"]
     asked = Asked(data=data, model=model, eval_data=eval_data)
     wanted = configured(asked, config, [*(settings or ()), *format_setting])
     inputs = inputs_of(wanted, None)
+    tell_reading(inputs)
     report, tokenizer = _report(wanted, inputs, with_tokens=model is not None, near=near)
     _show(report, as_json)
     if fix is not None:
         from llmtune.data import write_fixed
+        from llmtune.hardware.processes import stoppable
 
-        good, bad = write_fixed(inputs.train, fix, tokenizer=tokenizer, supervise=wanted.data.supervise)
+        with stoppable():
+            good, bad = write_fixed(
+                inputs.train, fix, tokenizer=tokenizer, supervise=wanted.data.supervise, overwrite=force
+            )
         speaker.say(f"{good:,} good rows written to {fix}, {bad:,} rows to the quarantine file beside it")
         if good:
             return
     if not report.ok:
         raise typer.Exit(DataError.exit_code)
+
+
+def _require_place(fix: str | None, data: str | None, *, force: bool) -> None:
+    """Refuse --fix where its files cannot go, before anything is read."""
+    from llmtune.data.fix import require_place
+
+    if fix is not None:
+        require_place(Path(fix), data, overwrite=force)
+    elif force:
+        raise ConfigError("--force", ["is only valid with --fix OUT, whose files it overwrites"])
 
 
 def _report(wanted: RunConfig, inputs: Inputs, *, with_tokens: bool, near: bool | None) -> tuple[DataReport, Any]:

@@ -149,6 +149,7 @@ def _wizard(
             raise
         wanted = settled(wanted, _columns(unknown, interview))
         inputs = rows.inputs_of(wanted, None)
+    rows.tell_reading(inputs)
     report = rows.check_data(inputs)
     _require_good(report, wanted, as_json=as_json)
     _tell_data(report)

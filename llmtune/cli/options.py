@@ -28,7 +28,8 @@ Output = Annotated[
     str | None, typer.Option("--output", metavar="DIR", help="The run directory; a new one below runs/ if not given.")
 ]
 EvalData = Annotated[
-    str | None, typer.Option("--eval-data", metavar="FILE", help="Held-out data; a share of DATA if not given.")
+    str | None,
+    typer.Option("--eval-data", metavar="FILE", help="Held-out data; else the split or a share of DATA."),
 ]
 Format = Annotated[
     str | None,
@@ -99,12 +100,13 @@ def configured(asked: Asked, config: str | None, settings: list[str] | None) -> 
         DataError: There are no such data.
     """
     from llmtune.config import load_config
-    from llmtune.data import resolve
+    from llmtune.data import find, resolve_evaluation
 
     wanted = load_config(asked.overrides(), settings=settings or (), file=config)
-    for path in (wanted.data.path, wanted.data.eval_path):
-        if path is not None:
-            resolve(path)
+    if wanted.data.path is not None:
+        find(wanted.data.path, text_rows=wanted.data.text_rows)
+    if wanted.data.eval_path is not None:
+        resolve_evaluation(wanted.data.eval_path, text_rows=wanted.data.text_rows)
     return wanted
 
 

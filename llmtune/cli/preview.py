@@ -74,10 +74,11 @@ def _rows(wanted: RunConfig, *, rows: int, line: int) -> tuple[str, list[Preview
     from llmtune.data import ChatEncoder
     from llmtune.data import preview as take_apart
     from llmtune.finetuner import facts
-    from llmtune.finetuner.rows import inputs_of
+    from llmtune.finetuner.rows import inputs_of, tell_reading
 
     quieten_libraries()
     inputs = inputs_of(wanted, None)
+    tell_reading(inputs)
     model = facts.model_of(wanted, facts.machine_of(wanted), inputs, download=True)
     encoder = ChatEncoder(model.tokenizer, supervise=wanted.data.supervise)
     found = take_apart(

@@ -13,6 +13,7 @@ from llmtune.config.schema import (
     RecoverConfig,
     RunConfig,
     SaveConfig,
+    SourceConfig,
     TrainConfig,
 )
 
@@ -26,6 +27,7 @@ __all__ = [
     "RecoverConfig",
     "RunConfig",
     "SaveConfig",
+    "SourceConfig",
     "TrainConfig",
     "cache_dir",
     "has_hub_token",

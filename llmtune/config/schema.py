@@ -18,6 +18,7 @@ Method = Literal["lora", "qlora", "full"]
 TooLong = Literal["refuse", "drop", "left", "turns"]
 Supervise = Literal["all", "last", "completion", "text"]
 Duplicates = Literal["keep", "drop_exact", "drop_near"]
+TextRows = Literal["documents", "lines"]
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -86,10 +87,15 @@ class DataConfig(Group):
 
     path: str | None = Field(None, description="training data: file, directory or glob")
     sources: tuple[SourceConfig, ...] = Field((), description="a mix instead of path: a list of path and weight")
-    eval_path: str | None = Field(None, description="evaluation data; without it a share of the rows is held out")
+    eval_path: str | None = Field(
+        None, description="evaluation data; else the split of the data, or a share of its rows"
+    )
     format: str | None = Field(None, description="chat, sharegpt, alpaca, prompt_completion, question_answer, text")
     columns: dict[str, str] = Field(default_factory=dict, description="field of the format -> column of the data")
     ignore_columns: tuple[str, ...] = Field((), description="columns to treat as if they were not there")
+    text_rows: TextRows = Field(
+        "documents", description="a row of a .txt or .md file: the whole file (documents), or each line (lines)"
+    )
     max_length: Annotated[int, Field(ge=16)] | None = Field(None, description="longest row in tokens")
     too_long: TooLong = Field(
         "refuse", description="rows longer than max_length: refuse, drop, cut left or whole turns"
@@ -99,7 +105,7 @@ class DataConfig(Group):
         "keep", description="rows that repeat another or an evaluation row: keep, drop_exact, drop_near"
     )
     on_bad_row: Literal["error", "skip"] = Field("error", description="rows that cannot be read or trained on")
-    eval_fraction: Share | None = Field(None, description="share of rows held out when eval_path is not given")
+    eval_fraction: Share | None = Field(None, description="share of rows held out when no eval_path is given")
     chat_template: str | None = Field(None, description="Jinja file that replaces the tokenizer's chat template")
 
 

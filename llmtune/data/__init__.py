@@ -25,7 +25,7 @@ from llmtune.data.records import (
     Record,
     SourceRow,
 )
-from llmtune.data.source import Source, resolve
+from llmtune.data.source import Found, Source, find, resolve, resolve_evaluation
 from llmtune.data.split import split
 from llmtune.data.supervision import Supervision, require_supervised
 from llmtune.data.survey import Survey, survey
@@ -45,6 +45,7 @@ __all__ = [
     "Encoded",
     "EncodedDataset",
     "Format",
+    "Found",
     "Groups",
     "Leakage",
     "Message",
@@ -66,6 +67,7 @@ __all__ = [
     "encode",
     "epoch_order",
     "epoch_rows",
+    "find",
     "ignored_names",
     "micro_batches",
     "pack_rows",
@@ -76,6 +78,7 @@ __all__ = [
     "read",
     "require_supervised",
     "resolve",
+    "resolve_evaluation",
     "shard_rows",
     "split",
     "summarise",

@@ -28,7 +28,8 @@ class DataReport:
     ``problems``: the first 10,000 of ``num_problems``, in the order of files and lines. ``supervision`` and ``leakage``
     are known once the rows were encoded for a model, and compared with evaluation data. ``dropped_duplicates``: rows
     that a run left out because they repeat others. ``unused``: names of columns and parts that hold something and are
-    not read. ``not_trainable``: why ``train`` cannot use this data, None where it can.
+    not read. ``not_trainable``: why ``train`` cannot use this data, None where it can. ``notices``: what a person
+    should know about how the data is read.
     """
 
     format: str
@@ -46,6 +47,7 @@ class DataReport:
     advice: tuple[Advice, ...] = ()
     supervision: Supervision | None = None
     leakage: Leakage | None = None
+    notices: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -102,6 +104,7 @@ class DataReport:
             "unused_columns": list(self.unused),
             "trainable": self.not_trainable is None,
             "advice": [each.to_json() for each in self.advice],
+            "notices": list(self.notices),
         }
         if self.supervision is not None:
             document["tokens"] = self.supervision.tokens
@@ -156,6 +159,7 @@ def data_report(readings: Sequence[Reading], tally: ScanTally, *, near_duplicate
         unused=tally.unused.names(ignored_names(readings)),
         not_trainable=next((not_trainable(reading) for reading in readings if not reading.format.trainable), None),
         advice=advise(statistics, duplicates) if tally.rows > tally.bad_rows else (),
+        notices=tuple(dict.fromkeys(notice for reading in readings for notice in reading.source.all_notices)),
     )
 
 

@@ -6,19 +6,23 @@ import codecs
 import json
 import os
 from base64 import b64encode
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import orjson
 
+from llmtune.data.files import files_at
 from llmtune.data.masks import ChatEncoder
 from llmtune.data.reading import Reading, readings_of
 from llmtune.data.records import Conversation, Document, Problem, SourceRow
 from llmtune.data.spans import Supervise
-from llmtune.errors import ConfigError
+from llmtune.errors import ConfigError, DataError, OutputError
+from llmtune.hardware import undisturbed
 
+_EXPECTED = "the name of a new .jsonl file"
 _BATCH_ROWS = 256
 _BLOCK_BYTES = 3 << 18  # a multiple of three, so that blocks of base64 can be put together
 
@@ -32,6 +36,7 @@ def write_fixed(
     tokenizer: Any = None,
     template: str | None = None,
     supervise: Supervise = "all",
+    overwrite: bool = False,
 ) -> tuple[int, int]:
     """Write the good rows to ``out`` (jsonl) and the others, with the reasons, to ``STEM.quarantine.jsonl`` beside it.
 
@@ -47,48 +52,137 @@ def write_fixed(
         tokenizer: A fast tokenizer of transformers, to put aside also what it cannot encode; or None.
         template: Jinja text of the chat template; the tokenizer's own when None.
         supervise: What is learned of a conversation, see `ChatEncoder`.
+        overwrite: Replace both files where they exist.
 
     Returns:
         The numbers of good and of quarantined rows.
 
     Raises:
         ConfigError: ``out`` is no ``.jsonl`` file, or one of the files that are read; several readings.
+        OutputError: One of the files exists, or cannot be written.
         DataError: Nothing can be read or recognised at all.
     """
-    readings, out = readings_of(data, format=format, columns=columns), Path(out)
+    out = Path(out)
+    require_place(out, data, overwrite=overwrite)
+    readings = readings_of(data, format=format, columns=columns)
     if len(readings) > 1:
-        raise ConfigError("--fix", ["a mix is mended file by file; give one of its sources"])
+        places = ", ".join(reading.source.labels[0] for reading in readings[:3])
+        raise ConfigError("--fix", [f"a mix is fixed source by source; give one of its sources as DATA: {places}"])
     reading = readings[0]
-    quarantine = out.with_name(f"{out.stem}.quarantine.jsonl")
-    if out.suffix != ".jsonl" or {out.resolve(), quarantine.resolve()} & {
-        file.resolve() for file in reading.source.files
-    }:
-        raise ConfigError("--fix", [f"got {str(out)!r}, expected the name of a new .jsonl file"])
+    _require_other_files(out, (*reading.source.files, *map(Path, reading.source.labels)))
     encoder = None
     if tokenizer is not None and reading.format.trainable:
         encoder = ChatEncoder(tokenizer, template, supervise=supervise)
     good = bad = 0
-    parts = {path: path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in (out, quarantine)}
-    try:
-        with open(parts[out], "wb") as kept, open(parts[quarantine], "wb") as rejected:
-            for row, problems in _judged(reading, encoder):
-                if isinstance(row, SourceRow) and not problems:
-                    good += 1
-                    kept.write(_json_line(row) + b"\n")
-                else:
-                    bad += 1
-                    _quarantine(rejected, row, problems)
-        for path, part in parts.items():
-            os.replace(part, path)
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
+    originals = dict(zip(reading.source.labels, reading.source.files, strict=False))
+    with _together(out, quarantine_of(out), overwrite=overwrite) as (kept, rejected):
+        for row, problems in _judged(reading, encoder):
+            if isinstance(row, SourceRow) and not problems:
+                good += 1
+                kept.write(_json_line(row) + b"\n")
+            else:
+                bad += 1
+                _quarantine(rejected, row, problems, originals)
     return good, bad
+
+
+def quarantine_of(out: Path) -> Path:
+    """The file of the rows that cannot be used, beside that of the good ones."""
+    return out.with_name(f"{out.stem}.quarantine.jsonl")
+
+
+def require_place(out: Path, data: Any = None, *, overwrite: bool) -> None:
+    """Refuse a place where the two files cannot go, before anything is read.
+
+    Args:
+        out: The file of the good rows.
+        data: The data, as it was given.
+        overwrite: Replace both files where they exist.
+
+    Raises:
+        ConfigError: ``out`` does not end in ``.jsonl``, or one of the files is data.
+        OutputError: One of the files exists and is not to be replaced, or there is no folder for them.
+    """
+    if out.suffix != ".jsonl":
+        raise ConfigError("--fix", [f"got {str(out)!r}, expected {_EXPECTED}"])
+    if isinstance(data, (str, Path)):
+        with suppress(DataError):  # told when it is read
+            layout = files_at(data).layout
+            _require_other_files(out, (*layout.train, *layout.evaluation, *layout.unused))
+    if not out.parent.is_dir():
+        raise OutputError(
+            f"cannot write {out}: there is no directory {out.parent}. Create it, or choose another --fix."
+        )
+    for path in (out, quarantine_of(out)):
+        if path.is_dir():
+            raise OutputError(f"cannot write {path}: it is a directory. Choose another --fix.")
+        if path.exists() and not overwrite:
+            raise OutputError(f"{path} exists. Pass --force to overwrite it, or choose another --fix.")
+
+
+def _require_other_files(out: Path, files: Iterable[Path]) -> None:
+    """Refuse to write over data.
+
+    Raises:
+        ConfigError: One of the two files is data.
+    """
+    if {out.resolve(), quarantine_of(out).resolve()} & {file.resolve() for file in files}:
+        raise ConfigError("--fix", [f"got {str(out)!r}, which would overwrite the data; expected {_EXPECTED}"])
+
+
+@contextmanager
+def _together(*paths: Path, overwrite: bool) -> Iterator[tuple[BinaryIO, ...]]:
+    """Files to write that appear under their names when all are complete, or not at all.
+
+    Raises:
+        OutputError: They cannot be written.
+    """
+    staged = {path: path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in paths}
+    try:
+        with ExitStack() as stack:
+            files = tuple(stack.enter_context(open(part, "wb")) for part in staged.values())
+            yield files
+            for file in files:
+                file.flush()
+                os.fsync(file.fileno())
+        require_place(paths[0], overwrite=overwrite)  # what came to be there in the meantime stays
+        with undisturbed():
+            _put_in_place(staged)
+    except OSError as error:
+        raise OutputError(
+            f"cannot write {' and '.join(map(str, paths))}: {error.strerror or error}. Nothing was left behind; free "
+            "room, or choose another --fix."
+        ) from error
+    finally:
+        for part in staged.values():
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+
+
+def _put_in_place(staged: Mapping[Path, Path]) -> None:
+    """Rename all files; where one cannot be renamed, those before it are what they were."""
+    replaced: dict[Path, Path | None] = {}
+    try:
+        for path, part in staged.items():
+            before = path.with_name(f"{path.name}.{os.getpid()}.before") if path.exists() else None
+            if before is not None:
+                os.replace(path, before)
+            replaced[path] = before
+            os.replace(part, path)
+    except OSError:
+        for path, before in replaced.items():
+            path.unlink(missing_ok=True)
+            if before is not None:
+                os.replace(before, path)
+        raise
+    for before in replaced.values():
+        if before is not None:
+            before.unlink()
 
 
 def _judged(reading: Reading, encoder: ChatEncoder | None) -> Iterator[tuple[SourceRow | Problem, list[Problem]]]:
     """Every row in order with all that is wrong with it."""
-    rows = iter(reading.source)
+    rows = _rows(reading)
     while batch := list(islice(rows, _BATCH_ROWS)):
         results = [[row] if isinstance(row, Problem) else reading.convert(row) for row in batch]
         records = [result for result in results if isinstance(result, (Conversation, Document))]
@@ -99,6 +193,13 @@ def _judged(reading: Reading, encoder: ChatEncoder | None) -> Iterator[tuple[Sou
             else:
                 refused = next(encoded) if isinstance(result, (Conversation, Document)) else None
                 yield row, [refused] if isinstance(refused, Problem) else []
+
+
+def _rows(reading: Reading) -> Iterator[SourceRow | Problem]:
+    try:
+        yield from reading.source
+    except OSError as error:  # of the data, not of what is written
+        raise DataError(f"{', '.join(reading.source.labels[:3])}: cannot be read ({error.strerror}).") from error
 
 
 def _json_line(row: SourceRow) -> bytes:
@@ -116,7 +217,9 @@ def _dumps(value: Any) -> bytes:
         return json.dumps(value, default=str).encode()
 
 
-def _quarantine(file: BinaryIO, row: SourceRow | Problem, problems: list[Problem]) -> None:
+def _quarantine(
+    file: BinaryIO, row: SourceRow | Problem, problems: list[Problem], originals: Mapping[str, Path]
+) -> None:
     reasons = [{"field": problem.field, "problem": problem.problem, "hint": problem.hint} for problem in problems]
     place = _dumps({"file": row.file, "line": row.line, "problems": reasons})[:-1]
     if isinstance(row, SourceRow):
@@ -124,7 +227,7 @@ def _quarantine(file: BinaryIO, row: SourceRow | Problem, problems: list[Problem
         return
     file.write(place + b',"row":null')
     if row.span is not None:
-        with open(row.file, "rb") as damaged:
+        with open(originals[row.file], "rb") as damaged:
             _write_raw(file, damaged, *row.span)
     file.write(b"}\n")
 

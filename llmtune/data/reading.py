@@ -18,6 +18,7 @@ from llmtune.data.columns import (
     with_columns,
 )
 from llmtune.data.formats import FORMAT_NAMES, FORMATS, Format, candidates
+from llmtune.data.kinds import TextRows
 from llmtune.data.records import Chunk, Problem, Record, SourceRow
 from llmtune.data.reporter import RowReporter, is_list
 from llmtune.data.source import Source, resolve
@@ -104,6 +105,7 @@ def read(
     columns: Mapping[str, str] | None = None,
     ignore_columns: Sequence[str] = (),
     weight: float = 1.0,
+    text_rows: TextRows = "documents",
 ) -> Reading:
     """Recognise the format of ``data`` (anything `resolve` takes) and make it ready to iterate.
 
@@ -114,6 +116,7 @@ def read(
             they are (``Question``, ``q``, ``system_prompt``) need not be given.
         ignore_columns: Columns to treat as if they were not there.
         weight: As a part of a mix, how often each row is seen in one epoch.
+        text_rows: What is a row of a ``.txt`` or ``.md`` file.
 
     Raises:
         ConfigError: An unknown format or field name, or a field that the recognised format does not have.
@@ -121,7 +124,7 @@ def read(
     """
     columns, ignored = dict(columns or {}), frozenset(ignore_columns)
     _check_names(format, columns)
-    source = resolve(data)
+    source = resolve(data, text_rows=text_rows)
     sample = list(islice((row for row in source if isinstance(row, SourceRow)), _SAMPLE_ROWS))
     if not sample:
         raise DataError(_no_rows(source))

@@ -2,34 +2,23 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from llmtune.data.containers import CONTAINERS, DIVISIBLE
+from llmtune.data.converted import file_digest
+from llmtune.data.files import ReadableFiles, files_at, readable
+from llmtune.data.kinds import TextRows, stem_of
+from llmtune.data.listing import listed
 from llmtune.data.records import Chunk, Problem, SourceRow
 from llmtune.data.reporter import plain_row
-from llmtune.errors import DataError, nearest
+from llmtune.data.splits import Choice, Split, choose, role_of
+from llmtune.errors import DataError
 
-EXTENSIONS = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".txt": "txt",
-}
-SUPPORTED = ".jsonl, .json, .csv, .tsv, .parquet, .arrow, .txt, or a directory or glob of one of these"
-# Files that lie beside data without being data: read-mes, and the metadata of Dataset.save_to_disk.
-_COMPANION_NAMES = {"dataset_info.json", "state.json", "dataset_dict.json"}
-_COMPANION_SUFFIXES = {"", ".md", ".lock"}
 _ROWS_FILE = "rows"
 # What a row in memory is taken for when they are counted out into chunks.
 _MEMORY_ROW_BYTES = 4096
@@ -37,17 +26,34 @@ _MEMORY_ROW_BYTES = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """Data that exists and can be read: files of one container in order, or rows in memory."""
+    """Data that exists and can be read: files of one container in order, or rows in memory.
+
+    Attributes:
+        name: What a run on this data is called after.
+        container: A name of `CONTAINERS`, or ``rows``.
+        files: What is read; of a compressed file, and of text that is not UTF-8, a readable copy.
+        rows: Rows in memory, instead of files.
+        labels: What messages call each file: the path of the original. Rows in memory are one file called ``rows``.
+        notices: What a person should know about how the data is read; whole sentences.
+        warnings: The same where it is likely a mistake.
+    """
 
     name: str
     container: str
     files: tuple[Path, ...] = ()
     rows: Sequence[object] | None = None
+    labels: tuple[str, ...] = ()
+    notices: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.labels:
+            object.__setattr__(self, "labels", tuple(map(str, self.files)) or (_ROWS_FILE,))
 
     @property
-    def labels(self) -> tuple[str, ...]:
-        """What messages call each file; rows in memory are one file called ``rows``."""
-        return tuple(str(file) for file in self.files) or (_ROWS_FILE,)
+    def all_notices(self) -> tuple[str, ...]:
+        """Warnings and notices together."""
+        return (*self.warnings, *self.notices)
 
     @property
     def num_bytes(self) -> int:
@@ -63,7 +69,7 @@ class Source:
         if self.rows is None:
             for file in self.files:
                 stat = file.stat()
-                digest.update(_file_digest(str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino))
+                digest.update(file_digest(str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ino))
         else:
             for row in self.rows:
                 digest.update(hashlib.sha256(_row_bytes(row)).digest())
@@ -91,7 +97,7 @@ class Source:
                 yield Chunk(file=0, start=start, end=min(start + step, len(self.rows)), first_line=start + 1)
             return
         for number, file in enumerate(self.files):
-            for start, end, first_line in CONTAINERS[self.container].parts(file, chunk_bytes):
+            for start, end, first_line in CONTAINERS[self.container].parts(file, chunk_bytes, self.labels[number]):
                 yield Chunk(file=number, start=start, end=end, first_line=first_line)
 
     def read(self, chunk: Chunk) -> Iterator[SourceRow | Problem]:
@@ -102,7 +108,8 @@ class Source:
         """
         if self.rows is None:
             read = CONTAINERS[self.container].read
-            return read(self.files[chunk.file], chunk.start, chunk.end, chunk.first_line)
+            file, label = self.files[chunk.file], self.labels[chunk.file]
+            return read(file, chunk.start, chunk.end, chunk.first_line, label)
         return _read_memory(self.rows, chunk)
 
     def __iter__(self) -> Iterator[SourceRow | Problem]:
@@ -126,95 +133,177 @@ def _read_memory(rows: Sequence[object], chunk: Chunk) -> Iterator[SourceRow | P
             )
 
 
-def resolve(data: Any) -> Source:
-    """The `Source` behind ``data``: a path, glob or directory (str or Path), a ``datasets.Dataset``, a list of dicts.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """Data that was found, with its splits.
+
+    Attributes:
+        train: What to learn from.
+        evaluation: The split to judge on; None where the data has none.
+        split: Its name: ``validation`` or ``test``.
+        place: What messages call the data.
+        unused: Files or splits that are neither.
+        train_names, evaluation_names: Files or splits of ``train`` and ``evaluation``.
+    """
+
+    train: Source
+    evaluation: Source | None = None
+    split: str = ""
+    place: str = ""
+    unused: tuple[str, ...] = ()
+    train_names: tuple[str, ...] = ()
+    evaluation_names: tuple[str, ...] = ()
+
+    def notices(self, *, with_evaluation: bool) -> tuple[str, ...]:
+        """Say which splits are read; nothing where there is only one.
+
+        Args:
+            with_evaluation: ``evaluation`` is used; else it is one of the splits that are not read.
+        """
+        if self.evaluation is None and not self.unused:
+            return ()
+        unread = self.unused if with_evaluation else (*self.evaluation_names, *self.unused)
+        parts = [f"training data: {_names(self.train_names)}"]
+        if with_evaluation and self.evaluation is not None:
+            parts.append(f"evaluation data: {_names(self.evaluation_names)} ({self.split} split)")
+        if unread:
+            parts.append(f"not read: {_names(unread)}")
+        return (f"{self.place}: {'; '.join(parts)}.",)
+
+
+def find(data: Any, *, text_rows: TextRows = "documents") -> Found:
+    """The data behind ``data`` with its splits; see `resolve`.
 
     Raises:
-        DataError: Nothing is there, a file is empty, containers are mixed, or the kind is not supported.
+        DataError: See `resolve`.
+        OutputError: A readable copy of a file cannot be written.
     """
     if isinstance(data, Source):
-        return data
+        return Found(train=data)
     if isinstance(data, (str, Path)):
-        return _from_path(data)
+        return _found_files(data, text_rows)
     datasets = sys.modules.get("datasets")
-    if datasets is not None and isinstance(data, datasets.Dataset):
-        return _from_rows(data)
     if datasets is not None and isinstance(data, datasets.DatasetDict):
+        return _found_splits(data)
+    if datasets is not None and isinstance(data, (datasets.IterableDataset, datasets.IterableDatasetDict)):
+        which = "list(data['train'])" if isinstance(data, datasets.IterableDatasetDict) else "list(data)"
         raise DataError(
-            f"a DatasetDict with the splits {', '.join(data)} was given, expected one Dataset. "
-            f"Pass one split, for instance data[{next(iter(data), 'train')!r}]."
+            f"a stream of rows ({type(data).__name__}) was given; the data is read more than once. Pass {which}."
         )
-    if isinstance(data, (list, tuple)):
-        return _from_rows(data)
+    if isinstance(data, (list, tuple)) or (datasets is not None and isinstance(data, datasets.Dataset)):
+        return Found(train=_from_rows(data, "the data"))
     raise DataError(
         f"data of type {type(data).__name__} cannot be read; expected a path, a glob, a directory, "
-        "a datasets.Dataset or a list of dicts."
+        "a datasets.Dataset or DatasetDict, or a list of dicts."
     )
 
 
-def _from_rows(rows: Sequence[object]) -> Source:
+def resolve(data: Any, *, text_rows: TextRows = "documents") -> Source:
+    """The `Source` behind ``data``: the training split where it has splits.
+
+    Args:
+        data: A path, glob or directory (str or Path), a ``datasets.Dataset`` or ``DatasetDict``, a list of dicts.
+        text_rows: What is a row of a ``.txt`` or ``.md`` file.
+
+    Raises:
+        DataError: Nothing is there, a file is empty, containers are mixed, or the kind is not supported.
+        OutputError: A readable copy of a file cannot be written.
+    """
+    found = find(data, text_rows=text_rows)
+    return _with_notices(found.train, found.notices(with_evaluation=False))
+
+
+def resolve_evaluation(data: Any, *, text_rows: TextRows = "documents") -> Source:
+    """The `Source` of evaluation data that was named: the validation split, else the test split, else all of it.
+
+    Raises:
+        DataError: See `resolve`.
+        OutputError: See `resolve`.
+    """
+    found = find(data, text_rows=text_rows)
+    if found.evaluation is None:
+        return _with_notices(found.train, found.notices(with_evaluation=False))
+    unread = _names((*found.train_names, *found.unused))
+    told = (
+        f"{found.place}: evaluation data: {_names(found.evaluation_names)} ({found.split} split); not read: {unread}."
+    )
+    return _with_notices(found.evaluation, (told,))
+
+
+def _with_notices(source: Source, notices: tuple[str, ...]) -> Source:
+    return replace(source, notices=(*notices, *source.notices)) if notices else source
+
+
+def _found_files(given: str | Path, text_rows: TextRows) -> Found:
+    at = files_at(given)
+    path = Path(given).expanduser()
+    layout = at.layout
+
+    def source(files: Sequence[Path], name: str) -> Source:
+        return _from_files(readable(files, str(given), text_rows), name)
+
+    train = source(layout.train, path.name or path.resolve().name if path.is_dir() else stem_of(layout.train[0]))
+    train = replace(train, notices=(*at.notices, *train.notices), warnings=(*at.warnings, *train.warnings))
+    evaluation = source(layout.evaluation, f"{train.name}-{layout.split}") if layout.evaluation else None
+    names = {kind: tuple(listed([file], path) for file in getattr(layout, kind)) for kind in _KINDS_OF_FILES}
+    return Found(
+        train=train,
+        evaluation=evaluation,
+        split=layout.split,
+        place=str(given),
+        unused=names["unused"],
+        train_names=names["train"],
+        evaluation_names=names["evaluation"],
+    )
+
+
+_KINDS_OF_FILES = ("train", "evaluation", "unused")
+
+
+def _from_files(files: ReadableFiles, name: str) -> Source:
+    return Source(
+        name=name,
+        container=files.container,
+        files=files.paths,
+        labels=files.labels,
+        notices=files.notices,
+        warnings=files.warnings,
+    )
+
+
+def _found_splits(data: Mapping[str, Sequence[object]]) -> Found:
+    """The splits of a ``DatasetDict``, chosen as those of its folder."""
+    names = tuple(data)
+    choice = choose([Split(role=role_of(name), name=name) for name in names])
+    learned, judged, unused = _picked(choice, names)
+    if len(learned) != 1:
+        raise DataError(
+            f"a DatasetDict with the splits {', '.join(names) or '(none)'} was given, and its names leave open which "
+            f"to learn from. Pass one split, for instance data[{(learned or names or ('train',))[0]!r}]."
+        )
+    return Found(
+        train=_from_rows(data[learned[0]], f"the split {learned[0]!r}"),
+        evaluation=_from_rows(data[judged[0]], f"the split {judged[0]!r}") if judged else None,
+        split=choice.split,
+        place="DatasetDict",
+        unused=unused,
+        train_names=learned,
+        evaluation_names=judged,
+    )
+
+
+def _picked(choice: Choice, names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    return tuple(tuple(names[place] for place in places) for places in (choice.train, choice.evaluation, choice.unused))
+
+
+def _from_rows(rows: Sequence[object], what: str) -> Source:
     if len(rows) == 0:
-        raise DataError("the data holds no rows; expected at least one example.")
+        raise DataError(f"{what} holds no rows; expected at least one example.")
     return Source(name=_ROWS_FILE, container="rows", rows=rows)
 
 
-def _from_path(given: str | Path) -> Source:
-    path = Path(given).expanduser()
-    if path.is_dir():
-        files = _directory_files(path)
-    elif path.exists():
-        files = [path]
-    elif any(mark in str(given) for mark in "*?["):
-        files = _glob_files(str(path))
-    else:
-        raise DataError(_missing(path))
-    kinds: dict[str, Path] = {}
-    for file in files:
-        kind = EXTENSIONS.get(file.suffix.lower())
-        if kind is None:
-            raise DataError(f"{file}: the extension '{file.suffix}' is not supported; expected {SUPPORTED}.")
-        kinds.setdefault(kind, file)
-    if len(kinds) > 1:
-        found = ", ".join(f"{kind} ({file.name})" for kind, file in sorted(kinds.items()))
-        raise DataError(
-            f"{given}: files of different kinds lie together: {found}. Name one kind, e.g. '{path}/*.jsonl'."
-        )
-    empty = [str(file) for file in files if file.stat().st_size == 0]
-    if empty:
-        raise DataError(f"{', '.join(empty)}: the file is empty; expected at least one row.")
-    name = path.name if path.is_dir() else files[0].stem
-    return Source(name=name or path.resolve().name, container=next(iter(kinds)), files=tuple(files))
-
-
-def _directory_files(directory: Path) -> list[Path]:
-    files = [
-        file
-        for file in sorted(directory.rglob("*"))
-        if file.is_file()
-        and not any(part.startswith(".") for part in file.relative_to(directory).parts)
-        and file.name not in _COMPANION_NAMES
-        and file.suffix.lower() not in _COMPANION_SUFFIXES
-    ]
-    if not files:
-        raise DataError(f"{directory}: no data files in this directory; expected {SUPPORTED}.")
-    return files
-
-
-def _glob_files(pattern: str) -> list[Path]:
-    files = [Path(name) for name in sorted(glob.glob(pattern, recursive=True))]
-    files = [file for file in files if file.is_file() and not file.name.startswith(".")]
-    if not files:
-        raise DataError(f"{pattern}: no file matches this pattern.")
-    return files
-
-
-def _missing(path: Path) -> str:
-    parent = path.parent
-    if not parent.is_dir():
-        return f"{path}: no such file; the directory {parent} does not exist either."
-    match = nearest(path.name, (sibling.name for sibling in parent.iterdir()))
-    hint = f" Did you mean '{parent / match}'?" if match else f" Look at what is in {parent.resolve()}."
-    return f"{path}: no such file.{hint}"
+def _names(names: Sequence[str]) -> str:
+    return listed([Path(name) for name in names])
 
 
 def _row_bytes(row: object) -> bytes:
@@ -224,10 +313,3 @@ def _row_bytes(row: object) -> bytes:
         return orjson.dumps(row, default=str, option=orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY)
     except TypeError:  # integers beyond 64 bits and lone surrogates
         return repr(row).encode(errors="surrogatepass")
-
-
-@lru_cache(maxsize=4096)
-def _file_digest(path: str, size: int, mtime_ns: int, inode: int) -> bytes:
-    # size, time and inode are only here to be part of the cache's key: the content was read once for them.
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()

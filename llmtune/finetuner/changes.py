@@ -88,6 +88,7 @@ TABLE = (
             "data.sources",
             "data.format",
             "data.columns",
+            "data.text_rows",
             "data.max_length",
             "data.too_long",
             "data.supervise",

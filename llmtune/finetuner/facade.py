@@ -37,8 +37,9 @@ class FineTuner:
         result = tuner.train()
 
     Args:
-        data: A path (jsonl, json, csv, tsv, parquet, arrow, txt, a directory or a glob of these), a
-            ``datasets.Dataset`` or a list of dicts. May be left out when the configuration names it.
+        data: A path (jsonl, json, csv, tsv, parquet, arrow, txt, md, a directory or a glob of these), a
+            ``datasets.Dataset`` or ``DatasetDict``, or a list of dicts. May be left out when the configuration names
+            it.
         callbacks: ``transformers.TrainerCallback`` objects of your own.
         metrics: Your own quality measures by name: ``fn(answers, references) -> float``, computed on greedy answers to
             held-out prompts at every evaluation. ``metric="name"`` lets one choose the best checkpoint.
@@ -77,7 +78,9 @@ class FineTuner:
         Raises:
             DataError: The data cannot be found, or its format cannot be recognised.
         """
-        return rows.check_data(rows.inputs_of(self.config, self._data))
+        inputs = rows.inputs_of(self.config, self._data)
+        rows.tell_reading(inputs)
+        return rows.check_data(inputs)
 
     def plan(self, hardware: Hardware | None = None) -> Plan:
         """Everything ``train`` would do, each number with its reason.
@@ -89,6 +92,7 @@ class FineTuner:
         """
         machine = facts.machine_of(self.config, hardware)
         inputs = rows.inputs_of(self.config, self._data)
+        rows.tell_reading(inputs)
         model = facts.model_of(self.config, machine, inputs, download=False)
         data = facts.data_of(self.config, model, inputs)
         account.tell_unused(data.unused)
@@ -121,6 +125,7 @@ class FineTuner:
         self._require_metric()
         account.require_writable(self.config)
         inputs = rows.inputs_of(self.config, self._data)
+        rows.tell_reading(inputs)
         report = rows.check_data(inputs)
         report.raise_if_bad(self.config.data.on_bad_row)
         speaker.say(f"data: {report.rows:,} rows, {report.format} ({report.reason})")

@@ -9,29 +9,33 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmtune.config import RunConfig, cache_dir
+from llmtune.config import RunConfig, SourceConfig, cache_dir
 from llmtune.console import speaker
 from llmtune.data import (
     DataReport,
     DataStats,
     Duplicates,
     EncodedDataset,
+    Found,
     Groups,
     Leakage,
     Reading,
+    Source,
     Survey,
     advise,
     check,
     contamination,
     duplicate_groups,
     encode,
+    find,
     ignored_names,
     read,
     require_supervised,
+    resolve_evaluation,
     split,
     survey,
 )
-from llmtune.errors import ConfigError
+from llmtune.errors import ConfigError, DataError
 from llmtune.models import ModelSpec
 
 if TYPE_CHECKING:
@@ -46,10 +50,30 @@ MOST_COMPARED_ROWS = 1_000_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """The data of a run, recognised but not yet read: the parts of the training data, and evaluation data if given."""
+    """The data of a run, recognised but not yet read: the parts of the training data, and evaluation data if given.
+
+    ``split_notices``: which splits of the data are read.
+    """
 
     train: tuple[Reading, ...]
     evaluation: Reading | None
+    split_notices: tuple[str, ...] = ()
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is likely a mistake in how the data is read; each sentence once."""
+        return tuple(dict.fromkeys(each for source in self._sources for each in source.warnings))
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What else a person should know about how the data is read; each sentence once."""
+        told = (each for source in self._sources for each in source.notices)
+        return tuple(dict.fromkeys((*self.split_notices, *told)))
+
+    @property
+    def _sources(self) -> tuple[Source, ...]:
+        readings = self.train if self.evaluation is None else (*self.train, self.evaluation)
+        return tuple(reading.source for reading in readings)
 
     @property
     def trainable(self) -> bool:
@@ -95,42 +119,80 @@ class Data:
 def inputs_of(config: RunConfig, data: Any) -> Inputs:
     """Training and evaluation data, found and recognised.
 
+    The evaluation data is ``data.eval_path``, else the validation or test split of a folder or ``DatasetDict``. A mix
+    has no evaluation split of its own, and ``data.eval_fraction`` asks for rows of the training data instead.
+
     Raises:
         DataError: The data cannot be found, or its format cannot be recognised.
         ConfigError: No data is named, or both a path and a mix.
     """
     wanted = config.data
+    parts: tuple[SourceConfig | None, ...] = wanted.sources or (None,)
     if data is not None or wanted.path is not None:
         if wanted.sources:
             raise ConfigError("data", ["both data.path and data.sources are given; list the path among the sources"])
-        train: tuple[Reading, ...] = (_reading(config, wanted.path if data is None else data),)
+        found: tuple[Found, ...] = (find(wanted.path if data is None else data, text_rows=wanted.text_rows),)
     elif wanted.sources:
-        train = tuple(
-            read(
-                source.path,
-                format=source.format or wanted.format,
-                columns=source.columns or wanted.columns,
-                ignore_columns=wanted.ignore_columns,
-                weight=source.weight,
-            )
-            for source in wanted.sources
-        )
+        found = tuple(find(source.path, text_rows=wanted.text_rows) for source in wanted.sources)
     else:
         raise ConfigError(
             "DATA", ["no data was given; pass a file, a directory or a glob, or --config with data.sources"]
         )
-    return Inputs(train=train, evaluation=_reading(config, wanted.eval_path) if wanted.eval_path else None)
+    train = tuple(_reading(config, each.train, part) for each, part in zip(found, parts, strict=True))
+    evaluation, uses_split = None, False
+    if wanted.eval_path:
+        evaluation = _reading(config, resolve_evaluation(wanted.eval_path, text_rows=wanted.text_rows))
+    elif len(found) == 1 and found[0].evaluation is not None and wanted.eval_fraction is None:
+        evaluation, uses_split = _own_evaluation(config, found[0], found[0].evaluation), True
+    told = tuple(notice for each in found for notice in each.notices(with_evaluation=uses_split))
+    return Inputs(train=train, evaluation=evaluation, split_notices=told)
 
 
-def _reading(config: RunConfig, data: Any) -> Reading:
-    wanted = config.data
-    return read(data, format=wanted.format, columns=wanted.columns, ignore_columns=wanted.ignore_columns)
+def evaluation_inputs(config: RunConfig, data: Any) -> Inputs:
+    """Other data to judge on, found and recognised, as if it were training data: every row counts.
+
+    Raises:
+        DataError: See `inputs_of`.
+    """
+    source = resolve_evaluation(data, text_rows=config.data.text_rows)
+    return Inputs(train=(_reading(config, source),), evaluation=None)
+
+
+def _reading(config: RunConfig, source: Source, part: SourceConfig | None = None) -> Reading:
+    wanted, weight = config.data, 1.0 if part is None else part.weight
+    return read(
+        source,
+        format=(None if part is None else part.format) or wanted.format,
+        columns=(None if part is None else part.columns) or wanted.columns,
+        ignore_columns=wanted.ignore_columns,
+        weight=weight,
+    )
+
+
+def _own_evaluation(config: RunConfig, found: Found, source: Source) -> Reading:
+    """The data's own evaluation split; nobody has named it, so an error says how to do without."""
+    try:
+        return _reading(config, source)
+    except DataError as error:
+        raise DataError(
+            f"{error} This is the {found.split} split of {found.place}. To hold out a share of the training data "
+            "instead, pass --set data.eval_fraction=0.1."
+        ) from error
+
+
+def tell_reading(inputs: Inputs) -> None:
+    """Say how the data is read, where that is not plain: splits, skipped files, encodings, delimiters."""
+    for warning in inputs.warnings:
+        speaker.warn(warning)
+    for notice in inputs.notices:
+        speaker.say(notice)
 
 
 def check_data(inputs: Inputs, *, near_duplicates: bool = False) -> DataReport:
     """Read every row of the training data and collect every problem; nothing is tokenised."""
     with speaker.progress("checking the data", None) as bar:
-        return check(inputs.train, near_duplicates=near_duplicates, progress=bar.update)
+        report = check(inputs.train, near_duplicates=near_duplicates, progress=bar.update)
+    return replace(report, notices=tuple(dict.fromkeys((*inputs.warnings, *inputs.notices, *report.notices))))
 
 
 def examined(config: RunConfig, inputs: Inputs, tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> Data:

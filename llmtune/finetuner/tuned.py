@@ -13,7 +13,7 @@ from llmtune.config import RunConfig, load_config
 from llmtune.data import EncodedDataset
 from llmtune.errors import CheckpointError, ConfigError, DataError
 from llmtune.finetuner import facts
-from llmtune.finetuner.rows import inputs_of
+from llmtune.finetuner.rows import evaluation_inputs, inputs_of, tell_reading
 from llmtune.hardware import tf32_products
 from llmtune.models import ModelLocation, load_tuned, locate, read_spec
 from llmtune.planning import Choice, Plan
@@ -190,7 +190,9 @@ class TunedRun:
             update={"eval_path": None, "eval_fraction": 0.0, "duplicates": "keep", "sources": ()}
         )
         config = self.config.model_copy(update={"data": whole})
-        encoded = facts.data_of(config, self._model_facts(), inputs_of(config, data)).train
+        inputs = evaluation_inputs(config, data)
+        tell_reading(inputs)
+        encoded = facts.data_of(config, self._model_facts(), inputs).train
         assert encoded is not None
         return encoded
 

@@ -14,7 +14,7 @@ from llmtune.config import RunConfig, load_config
 from llmtune.console import speaker
 from llmtune.errors import ConfigError, PlanError, Preempted, TrainingError, did_you_mean
 from llmtune.finetuner import facts
-from llmtune.finetuner.rows import check_data, inputs_of
+from llmtune.finetuner.rows import check_data, inputs_of, tell_reading
 from llmtune.runs import RunDirectory, number
 from llmtune.study.result import Number, StudyResult, TrialRecord, best_of, shown, write_best
 from llmtune.study.settled import Settled, held, read_settled, study_directory
@@ -110,6 +110,7 @@ class Study:
         from llmtune.study.trials import open_trials
 
         inputs = inputs_of(self.config, self._data)
+        tell_reading(inputs)
         identity = self._identity(inputs.fingerprint)
         path = study_directory(self.config.output.dir, self.config.output.root, identity, inputs.name)
         settled = read_settled(path, identity) or self._settle(path.name, identity)

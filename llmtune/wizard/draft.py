@@ -6,6 +6,7 @@ import math
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from llmtune.config import RunConfig
@@ -120,6 +121,7 @@ class Wizard:
             report=self.report,
             offered=offered(config, self.limits),
             beside=_beside(self.inputs),
+            has_evaluation=self.inputs.evaluation is not None,
         )
 
     def look(self, config: RunConfig) -> Outlook:
@@ -168,7 +170,10 @@ class Wizard:
             "start. Take the # away to fix it. Paths count from where llmtune is started.",
         )
         remarks = _custom(config, look) | {key: why for key, (_, why) in kept.items()}
-        text = commented_yaml(config, header=header, remarks=remarks, planned=planned(config, look, self.report))
+        choices = planned(config, look, self.report)
+        if self.inputs.evaluation is not None:
+            choices.pop("data.eval_fraction", None)  # the data has an evaluation split
+        text = commented_yaml(config, header=header, remarks=remarks, planned=choices)
         return Draft(config=config, text=text, plan=look.plan)
 
     def _limited(self, config: RunConfig) -> Outlook:
@@ -294,8 +299,9 @@ def _outlook(config: RunConfig, machine: Machine, inputs: Inputs, limits: Limits
 
 def _beside(inputs: Inputs) -> tuple[str, ...]:
     """Files that lie beside the training data and are named as its evaluation data."""
-    files = inputs.train[0].source.files
-    if len(inputs.train) > 1 or len(files) != 1:
+    source = inputs.train[0].source
+    if source.in_memory or len(inputs.train) > 1 or len(source.labels) != 1:
         return ()
-    names = sorted(path.name for path in files[0].parent.iterdir() if path.is_file())
-    return tuple(str(files[0].with_name(name)) for name in held_out_beside(files[0].name, names))
+    file = Path(source.labels[0])
+    names = sorted(path.name for path in file.parent.iterdir() if path.is_file())
+    return tuple(str(file.with_name(name)) for name in held_out_beside(file.name, names))

@@ -116,6 +116,7 @@ class Situation:
         report: What was found in the training data.
         offered: Models that are worth proposing, in the order of the catalogue.
         beside: Files beside the data whose names say that they are for evaluation, the likeliest first.
+        has_evaluation: The data was given with evaluation data, or has an evaluation split.
     """
 
     config: RunConfig
@@ -124,6 +125,7 @@ class Situation:
     report: DataReport
     offered: tuple[CatalogueEntry, ...]
     beside: tuple[str, ...]
+    has_evaluation: bool = False
 
     def outlook(self, changes: Mapping[str, Any]) -> Outlook | LlmtuneError:
         """What would come of these changes, or why nothing would."""

@@ -321,7 +321,7 @@ def held_out_question(situation: Situation) -> Question | None:
     """
     config = situation.config
     situation.look(config).require()
-    if config.data.eval_path is not None or was_set(config, "data.eval_fraction"):
+    if situation.has_evaluation or config.data.eval_path is not None or was_set(config, "data.eval_fraction"):
         return None
     rows = situation.report.rows - situation.report.bad_rows
     count = int(rows * eval_share(config, rows))
