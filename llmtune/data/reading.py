@@ -141,7 +141,8 @@ def read(
     guessed |= optional_columns(rows, chosen, {*guessed, *guessed.values()})
     # Columns that were renamed once go by their own names again.
     found = spelled | {field: spelled.get(column, columns.get(column, column)) for field, column in guessed.items()}
-    guessed = {field: column for field, column in found.items() if field in chosen.fields and field not in columns}
+    fields = (*chosen.required, *chosen.optional)
+    guessed = {field: found[field] for field in fields if field in found and field not in columns}
     columns |= guessed
     _require_read(columns, chosen, sample[0])
     rows = _named(sample, columns)
