@@ -41,6 +41,7 @@ from llmtune.training.meter import free_caches, is_out_of_memory
 from llmtune.training.ranks import Ranks
 from llmtune.training.recoveries import Recoveries
 from llmtune.training.saved_facts import manifest_facts
+from llmtune.training.schedules import warm_from_the_first_update
 from llmtune.training.shortage import Replays
 from llmtune.training.updates import Update, UpdateCollator, UpdateLoader, UpdateSampler
 
@@ -202,6 +203,14 @@ class UpdateTrainer(CommittingTrainer):
         """None: an update counts its own supervised tokens, see ``training_step``."""
 
     # ------------------------------------------------------------------ one update
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Make the schedule, with a first learning rate above zero; see ``schedules``."""
+        if self.lr_scheduler is None:
+            made = super().create_scheduler(num_training_steps, optimizer)
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            self.lr_scheduler = warm_from_the_first_update(made, warmup=warmup, updates=num_training_steps)
+        return self.lr_scheduler
 
     def training_step(
         self, model: torch.nn.Module, inputs: Update, num_items_in_batch: torch.Tensor | int | None = None
