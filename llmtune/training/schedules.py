@@ -37,7 +37,9 @@ def warm_from_the_first_update(scheduler: Any, *, warmup: int, updates: int) -> 
     if all(formula(0) > 0 for formula in scheduler.lr_lambdas):
         return scheduler
     # As transformers does it: a partial object has no attributes, so a checkpoint cannot bring back an old formula.
-    formulas = [partial(share_of_peak, formula=of, warmup=warmup, updates=updates) for of in scheduler.lr_lambdas]
+    formulas: list[Formula] = [
+        partial(share_of_peak, formula=of, warmup=warmup, updates=updates) for of in scheduler.lr_lambdas
+    ]
     return LambdaLR(scheduler.optimizer, formulas)
 
 
