@@ -19,13 +19,9 @@ def show_leakage(leakage: Leakage) -> None:
         return
     kinds = f"{len(leakage.exact_rows):,} exactly"
     kinds += "" if leakage.near_rows is None else f", {len(leakage.near_rows):,} nearly"
-    speaker.table(
-        f"{leakage.leaked:,} of {leakage.rows:,} evaluation rows are trained on ({kinds})",
-        ("evaluation row", "is trained on as", ""),
-        [
-            (f"{each.file}:{each.line}", f"{each.of_file}:{each.of_line}", "nearly" if each.near else "exactly")
-            for each in leakage.places[:MOST_SHOWN]
-        ],
-    )
+    speaker.show(f"{leakage.leaked:,} of {leakage.rows:,} evaluation rows are trained on ({kinds}):")
+    for each in leakage.places[:MOST_SHOWN]:
+        how = "nearly repeats" if each.near else "repeats"
+        speaker.show(f"  {each.file}:{each.line} {how} {each.of_file}:{each.of_line}")
     if leakage.leaked > MOST_SHOWN:
-        speaker.show(f"… and {leakage.leaked - MOST_SHOWN:,} more; --json lists the first 20.")
+        speaker.show(f"  … and {leakage.leaked - MOST_SHOWN:,} more; --json lists the first 20.")

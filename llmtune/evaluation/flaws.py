@@ -16,7 +16,7 @@ FLAWS: tuple[Flaw, ...] = get_args(Flaw)
 # dashes or "ha ha ha" is none. llmtune: chosen.
 LONGEST_PERIOD, LEAST_REPEATS, LEAST_LOOP = 64, 4, 16
 # An answer that stops at the limit is endless only where the reference takes at most this share of it. llmtune: chosen.
-WELL_WITHIN = 0.5
+WELL_WITHIN = 0.25
 # Flawed answers that decide: this share of all, or so much more often than the base model. llmtune: chosen.
 MOST_FLAWED, MOST_MORE_FLAWED, LEAST_MORE_FLAWED = 0.5, 0.125, 2
 

@@ -78,7 +78,7 @@ class FineTuner:
         Raises:
             DataError: The data cannot be found, or its format cannot be recognised.
         """
-        return rows.check_data(rows.inputs_of(self.config, self._data))
+        return rows.check_data(rows.inputs_of(self.config, self._data), compare=True)
 
     def plan(self, hardware: Hardware | None = None) -> Plan:
         """Everything ``train`` would do, each number with its reason.

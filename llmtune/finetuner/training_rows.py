@@ -58,7 +58,7 @@ class TrainingRows:
     def load(cls, run: RunDirectory) -> TrainingRows | None:
         """Read what a run has kept; None where it has kept nothing, or the file is damaged."""
         try:
-            with np.load(run.path / FILE, allow_pickle=False) as kept:
+            with np.load(io.BytesIO((run.path / FILE).read_bytes()), allow_pickle=False) as kept:
                 return cls(
                     digests=kept["digests"],
                     signatures=kept["signatures"] if "signatures" in kept else None,

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 # Held-out prompts that both models answer, so that a verdict knows whether answers end; more where a run had more.
 ANSWERS = 16
-# An answer may be so much longer than the longest reference before it counts as endless, up to so many tokens.
-ROOM_FOR_ANSWERS, MOST_ANSWER_TOKENS = 2, 1024
+# Answers get so many times the tokens of the longest reference, which tells long from endless; at most so many.
+ROOM_FOR_ANSWERS, MOST_ANSWER_TOKENS = 4, 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

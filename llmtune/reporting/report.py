@@ -206,13 +206,20 @@ def _facts(summary: RunSummary) -> list[tuple[str, str]]:
         ("data", summary.data_name),
         ("preset", summary.preset),
         ("steps", steps),
-        ("best", f"{best.get('metric')} {shown('', best.get('value'))} at step {best.get('step')}" if best else None),
+        ("best", f"{best.get('metric')} {_best_value(summary)} at step {best.get('step')}" if best else None),
         ("tokens", _tokens(summary)),
         ("speed", f"{format_count(summary.tokens_per_second)} tokens/s" if summary.tokens_per_second else None),
         ("started", _moment(summary.started)),
         ("ended", _moment(summary.finished)),
     ]
     return [(name, text) for name, text in found if text]
+
+
+def _best_value(summary: RunSummary) -> str:
+    best = summary.best or {}
+    name, value = str(best.get("metric")).removeprefix("eval_"), best.get("value")
+    rows = next((metric.rows for metric in summary.metrics if metric.name == name), None)
+    return _measure(value, rows) if rows and isinstance(value, float) else shown("", value)
 
 
 def _tokens(summary: RunSummary) -> str | None:

@@ -140,11 +140,12 @@ def _answers(evidence: Evidence) -> str:
     check = evidence.answers
     if check is None or not check.checked:
         return ""
+    of = f"Of {check.checked:,} answer{'' if check.checked == 1 else 's'}"
     base = f"base model: {sum(check.base.values()):,} of {check.checked:,}"
     if not check.flawed:
-        return f"Of {check.checked:,} answers none is empty, repeats itself or never ends ({base})."
+        return f"{of} none is empty, repeats itself or never ends ({base})."
     kinds = [f"{n:,} {words[n > 1]}" for flaw, words in FLAW_WORDS.items() if (n := check.tuned.get(flaw, 0))]
-    return f"Of {check.checked:,} answers {', '.join(kinds)} ({base})."
+    return f"{of} {', '.join(kinds)} ({base})."
 
 
 def _left_out(evidence: Evidence) -> str:

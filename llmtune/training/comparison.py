@@ -66,7 +66,7 @@ class BaseComparison:
         path = self._run.path / BASE_LOSSES
         if self._base is None and path.is_file():
             try:
-                with np.load(path, allow_pickle=False) as arrays:
+                with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as arrays:
                     self._base = RowLosses(losses=arrays["losses"], tokens=arrays["tokens"])
             except (OSError, EOFError, ValueError, KeyError, BadZipFile):
                 return None  # a damaged file: the verdict says that there is no interval
