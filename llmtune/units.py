@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 KIB, MIB, GIB = 1024, 1024**2, 1024**3
@@ -53,3 +54,8 @@ def format_count(count: float) -> str:
         if abs(count) >= size:
             return f"{count / size:.3g}{unit}"
     return f"{count:.3g}"
+
+
+def format_rows_right(share: float, rows: int) -> str:
+    """Return a share of rows as a count: ``61 of 64``."""
+    return f"{round(share * rows):,} of {rows:,}" if math.isfinite(share) else f"{share} of {rows:,}"

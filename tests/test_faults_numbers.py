@@ -276,7 +276,7 @@ def _planned(step: int) -> float:
     """Share of the peak rate that the schedule gives to update ``step`` (from 1): warm-up over 8, then to zero."""
     warmup, of = 8, 80
     done = step - 1
-    return done / warmup if done < warmup else 0.5 * (1 + math.cos(math.pi * (done - warmup) / (of - warmup)))
+    return step / warmup if step <= warmup else 0.5 * (1 + math.cos(math.pi * (done - warmup) / (of - warmup)))
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -30,6 +30,9 @@ from llmtune.runs import RunDirectory, RunStore
 Model = Callable[[str], Path]
 
 
+OTHER_ROWS = [{"question": f"Who lights tower {number}?", "answer": f"Gala lights {number}."} for number in range(12)]
+
+
 def write_rows(path: Path, rows: list[dict[str, str]] | None = None) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows or ROWS))
     return path
@@ -44,6 +47,7 @@ def test_the_run_directory_holds_the_whole_account(family_model: Model, tmp_path
     result = FineTuner(data, preset="highspeed", **how).train()
     found = {path.name for path in result.run_dir.iterdir() if not path.name.startswith(".")}
     expected = {"run.json", "plan.json", "environment.json", "events.jsonl", "data_report.json", "status.json"}
+    expected |= {"training_rows.npz", "base_losses.npz"}
     assert found == expected | {"plan-2.json", "checkpoints", "adapter", "report.html"}
     run = RunDirectory.open(result.run_dir)
     document = run.run
@@ -85,7 +89,8 @@ def test_evaluate_generate_and_a_verdict(family_model: Model, tmp_path: Path) ->
     verdict = tuner.evaluate()
     assert verdict.loss == pytest.approx(result.metrics["eval_loss"], abs=1e-6)
     assert verdict.base_loss == pytest.approx(result.metrics["base_eval_loss"], abs=1e-6)
-    assert "better than its base" in verdict.text
+    assert (verdict.kind, verdict.rows) == ("too_few_rows", 3)
+    assert result.verdict.text == verdict.text
     answer = tuner.generate("Who keeps lamp 3?", max_new_tokens=5)
     assert answer == tuner.generate([{"role": "user", "content": "Who keeps lamp 3?"}], max_new_tokens=5)
 
@@ -129,7 +134,8 @@ def test_a_finished_run_is_evaluated_on_other_data_from_outside(family_model: Mo
     assert result.adapter_dir == tmp_path / "run" / "model"
     opened = TunedRun.open(result.run_dir)
     assert opened.evaluate().loss == pytest.approx(result.metrics["eval_loss"], abs=1e-6)
-    assert opened.evaluate(str(data)).rows == len(ROWS)
+    other = write_rows(tmp_path / "other.jsonl", OTHER_ROWS)
+    assert opened.evaluate(str(other)).rows == len(OTHER_ROWS)
     write_rows(data, ROWS[:20])
     with pytest.raises(DataError, match="have changed since it was trained"):
         TunedRun.open(result.run_dir).evaluate()

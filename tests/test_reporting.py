@@ -8,14 +8,16 @@ import re
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llmtune.errors import RunNotFoundError
-from llmtune.reporting import EvaluationRow, Metric, summarise, write_report
+from llmtune.evaluation import AnswerCheck, Interval
+from llmtune.reporting import EvaluationRow, summarise, write_report
 from llmtune.reporting.charts import thin
 from llmtune.reporting.facts import Curve
-from llmtune.reporting.verdict import judge, overfitting_note
+from llmtune.reporting.verdict import Evidence, judge, overfitting_note
 from llmtune.runs import RunDirectory
 
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
@@ -116,7 +118,10 @@ def full_run(path: Path, *, text: str = "Where is the order?", updates: int = 12
     run.write_json("data_report.json", report | {"statistics": {"tokens": {"median": 40}}, "supervision": {"x": text}})
     run.add_plan(plan())
     run.event("run_started", 0)
-    run.event("evaluation", 0, eval_loss=3.0, perplexity=20.1)
+    counted = {"rows_right": {"exact_match": {"right": 61, "rows": 64}}, "num_rows": 64}
+    difference = {"value": -2.1, "low": -2.3, "high": -1.9, "confidence": 0.95}
+    held_out = {"rows": 64, "tokens": 1234, "base_loss": 3.0, "loss": 0.9, "difference": difference}
+    run.event("evaluation", 0, eval_loss=3.0, perplexity=20.1, **counted)
     for step in range(1, updates + 1):
         run.event(
             "step",
@@ -133,14 +138,17 @@ def full_run(path: Path, *, text: str = "Where is the order?", updates: int = 12
             memory_bytes=1_000_000_000 + step,
         )
         if step % 40 == 0:
-            run.event("evaluation", step, eval_loss=0.9 + abs(step - 80) / 400, perplexity=2.5)
-            run.event("sample", step, prompt=text, base="??", tuned=f"{text} at step {step}", reference=None)
+            loss = 0.9 + abs(step - 80) / 400
+            run.event("evaluation", step, eval_loss=loss, perplexity=2.5, held_out=held_out, **counted)
+            told = {"base": "??", "tuned": f"{text} at step {step}", "base_flaw": "repeats", "tuned_flaw": None}
+            run.event("sample", step, prompt=text, reference=None, **told)
     run.event("incident", 60, kind="non_finite", cause=text, evidence={"grad_norm": math.nan})
     run.event("recovery", 60, action="micro-batch halved")
     run.add_plan(plan(micro_batch_size=4))
     run.event("run_finished", updates)
     run.adapter.mkdir()
-    metrics = {"train_loss": 0.7, "eval_loss": 0.9, "base_eval_loss": 3.0, "exact_match": 0.95, "base_exact_match": 0.0}
+    metrics = {"train_loss": 0.7, "eval_loss": 0.9, "base_eval_loss": 3.0}
+    metrics |= {"exact_match": 61 / 64, "base_exact_match": 0.0, "words_right": 0.5, "base_words_right": 0.25}
     run.update_run(status="finished", steps=updates, best=best, metrics=metrics)
     return run
 
@@ -184,6 +192,8 @@ def test_a_full_run_is_told(tmp_path: Path) -> None:
     text = page(full_run(tmp_path / "orders-tiny-3f9a1c")).text
     for told in (
         "Better than the base model: held-out loss went from 3 to 0.9 (-70 %), perplexity from 20.09 to 2.46.",
+        "64 held-out rows with 1,234 tokens: tuned minus base is -2.1 per token, 95 % interval -2.3 to -1.9.",
+        "Of 1 answer none is empty, repeats itself or never ends (base model: 1 of 1).",
         "Finished after 120 steps.",
         "Held-out loss was lowest at step 80 (0.9) and rose to 1 by step 120",
         "1 step(s) had a loss or gradient norm that was not finite",
@@ -194,12 +204,13 @@ def test_a_full_run_is_told(tmp_path: Path) -> None:
         "micro batch size 8 4 a probe ran out of memory",
         "learning rate 0.0005 preset level quality of preset tiny",
         "targets q_proj, v_proj",
-        "exact match 0 0.95 +0.95",
+        "exact match 0 of 64 61 of 64 +61",
+        "words right 0.25 0.5 +0.25",
         "quantity predicted measured measured / predicted",
         "peak memory on cpu 1.0 GiB 953.7 MiB 0.91 ×",
         "time of one step (median) 0.2 s 0.21 s 1.05 ×",
         "activations 85.8 MiB",
-        "base model ?? tuned model Where is the order? at step 120",
+        "base model (repeats itself) ?? tuned model Where is the order? at step 120",
         "10 more are in data_report.json",
         "rows 960",
         "bytes 121 KiB",
@@ -473,18 +484,76 @@ def test_hostile_data_reports_stay_text(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("base", "tuned", "kind"),
     [
-        (3.0, 2.0, "better"),
+        (3.0, 2.0, "no_interval"),
         (2.0, 2.0, "not_better"),
         (2.0, 3.0, "not_better"),
         (2.0, math.nan, "not_better"),
         (math.inf, 2.0, "better"),
         (None, 2.0, "no_evaluation"),
         (2.0, None, "no_evaluation"),
-        (1e9, 1e8, "better"),
+        (1e9, 1e8, "no_interval"),
     ],
 )
-def test_the_verdict_follows_the_held_out_loss(base: float | None, tuned: float | None, kind: str) -> None:
-    assert judge([Metric(name="eval_loss", base=base, tuned=tuned)], is_over=True).kind == kind
+def test_losses_without_an_interval_prove_nothing(base: float | None, tuned: float | None, kind: str) -> None:
+    assert judge(Evidence(base_loss=base, loss=tuned, rows=64), is_over=True).kind == kind
+
+
+def interval(low: float, high: float) -> Interval:
+    return Interval(value=(low + high) / 2, low=low, high=high)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "rows", "kind", "words"),
+    [
+        (-0.3, -0.1, 64, "better", "Better than the base model"),
+        (0.1, 0.3, 64, "worse", "Worse than the base model"),
+        (-0.3, 0.1, 64, "not_better", "No better than the base model"),
+        (0.0, 0.0, 64, "not_better", "includes zero"),
+        (-0.3, -0.1, 10, "better", "10 held-out rows with 500 tokens"),
+    ],
+)
+def test_the_interval_decides(low: float, high: float, rows: int, kind: str, words: str) -> None:
+    found = judge(Evidence(base_loss=2.0, loss=1.8, rows=rows, tokens=500, interval=interval(low, high)))
+    assert found.kind == kind
+    assert words in found.text
+
+
+def test_few_rows_are_too_few_to_tell_and_what_would_do_is_said() -> None:
+    found = judge(Evidence(base_loss=3.0, loss=1.0, rows=9, tokens=90))
+    assert found.kind == "too_few_rows"
+    assert "Too few rows to tell" in found.text
+    assert "At least 10 rows are needed" in found.text
+
+
+@pytest.mark.parametrize(
+    ("base", "tuned", "kind"),
+    [
+        ([None] * 16, ["endless"] * 8 + [None] * 8, "not_better"),
+        (["endless"] * 16, ["endless"] * 16, "not_better"),
+        ([None] * 16, ["empty"] * 2 + [None] * 14, "not_better"),
+        ([None] * 16, ["repeats"] + [None] * 15, "better"),
+        (["endless"] * 16, ["repeats"] * 2 + [None] * 14, "better"),
+        ([None] * 64, ["repeats"] * 7 + [None] * 57, "better"),
+        ([None] * 64, ["repeats"] * 8 + [None] * 56, "not_better"),
+    ],
+)
+def test_flawed_answers_count_whatever_the_loss_says(base: list[Any], tuned: list[Any], kind: str) -> None:
+    check = AnswerCheck.of(zip(base, tuned, strict=True))
+    found = judge(Evidence(base_loss=3.0, loss=1.0, rows=64, interval=interval(-2.1, -1.9), answers=check))
+    assert found.kind == kind
+    if check.flawed:
+        assert f"of {len(base)})" in found.text
+
+
+def test_leaked_rows_are_never_called_held_out() -> None:
+    found = judge(Evidence(base_loss=None, loss=None, rows=0, leaked=20))
+    assert found.kind == "no_evaluation"
+    assert "all 20 evaluation rows are also trained on" in found.text
+    some = judge(Evidence(base_loss=3.0, loss=1.0, rows=12, leaked=8, interval=interval(-2.1, -1.9)))
+    assert "12 held-out rows" in some.text
+    assert "8 evaluation rows are also trained on and left out" in some.text
+    unknown = judge(Evidence(base_loss=3.0, loss=1.0, rows=12, interval=interval(-2.1, -1.9), is_held_out=False))
+    assert "held-out" not in unknown.text
 
 
 def test_overfitting_is_told_only_when_the_loss_rose_clearly() -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmtune.cli.app import command
+from llmtune.cli.leakage import show_leakage
 from llmtune.cli.options import Asked, Config, EvalData, Format, Json, MaybeData, Set, configured
 from llmtune.console import quieten_libraries, speaker
 from llmtune.errors import ConfigError, DataError
@@ -99,7 +100,9 @@ def _report(wanted: RunConfig, inputs: Inputs, *, with_tokens: bool, near: bool 
     num_bytes = sum(reading.source.num_bytes for reading in inputs.train)
     if near is None:
         near = num_bytes <= NEAR_DUPLICATES_UP_TO_BYTES
-    report = rows.check_data(inputs, near_duplicates=near and not with_tokens)
+    report = rows.check_data(
+        inputs, near_duplicates=near and not with_tokens, compare=not (with_tokens and inputs.trainable)
+    )
     if not with_tokens:
         return report, None
     quieten_libraries()
@@ -143,6 +146,8 @@ def _show(report: DataReport, as_json: bool) -> None:
     if report.advice:
         advice = [(each.severity, f"{each.finding}. {each.suggestion}") for each in report.advice]
         speaker.table("Advice", ("", "what and why"), advice)
+    if report.leakage is not None and report.leakage.places:
+        show_leakage(report.leakage)
     if report.not_trainable is not None:
         speaker.warn(report.not_trainable)
     speaker.show(report.verdict)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from llmtune.console import speaker
-from llmtune.units import format_bytes, format_seconds
+from llmtune.units import format_bytes, format_rows_right, format_seconds
 
 if TYPE_CHECKING:
     from llmtune.finetuner import RunResult
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from llmtune.study import StudyResult
 
 _BAR_WIDTH = 30
+# Hits and misses of the demo that a terminal shows, of each; --json has all.
+DEMO_SAMPLES = 2
 
 
 def tell_plan(plan: Plan, as_json: bool) -> None:
@@ -73,7 +75,7 @@ def tell_result(result: RunResult, as_json: bool) -> None:
 
 def show_metrics(summary: RunSummary) -> None:
     """Every quality measure, base beside tuned."""
-    rows = [(m.name.replace("_", " "), _number(m.base), _number(m.tuned)) for m in summary.metrics]
+    rows = [(m.name.replace("_", " "), _measure(m.base, m.rows), _measure(m.tuned, m.rows)) for m in summary.metrics]
     if rows:
         speaker.table("", ("measure", "base", "tuned"), rows)
 
@@ -84,35 +86,44 @@ def show_next(commands: Iterable[tuple[str, str]]) -> None:
         speaker.show(f"To {purpose}:\n  {command}")
 
 
-def introduce_demo() -> None:
-    """What the demo is about to do."""
+def introduce_demo(*, held_out: int, judged: int) -> None:
+    """Say what the demo is about to do.
+
+    Args:
+        held_out: Requests that the loss is measured on.
+        judged: The first of them, to which answers are judged.
+    """
     speaker.say(
         "A small language model that ships with llmtune learns to turn requests, written as people write them, into "
-        "JSON.\nIt is judged on 80 requests it has not seen, about names that do not occur in its training data."
+        f"JSON.\nThe loss is measured on {held_out} requests it has not seen, about names that do not occur in its "
+        f"training data; the answers to the first {min(judged, held_out)} of them are judged."
     )
 
 
 def tell_demo(result: RunResult, as_json: bool) -> None:
-    """Answers before and after side by side, the scores, the files, and what to try next."""
+    """Show answers before and after side by side, misses beside hits, the scores, the files, and what to try next."""
     from llmtune.reporting import summarise
 
     summary = summarise(result.run_dir)
     if as_json:
         samples = [
-            {"prompt": s.prompt, "reference": s.reference, "base": s.base, "tuned": s.tuned} for s in summary.samples
+            {"prompt": s.prompt, "reference": s.reference, "base": s.base, "tuned": s.tuned, "right": s.is_right}
+            for s in summary.samples
         ]
         speaker.emit(result.to_json() | {"samples": samples})
         return
-    for sample in summary.samples:
-        rows = [("prompt", sample.prompt), ("base", sample.base), ("tuned", sample.tuned), ("right", sample.reference)]
-        speaker.table("", ("", "held-out request"), rows)
+    hits = [sample for sample in summary.samples if sample.is_right]
+    misses = [sample for sample in summary.samples if not sample.is_right]
+    for kind, found in (("hit", hits), ("miss", misses)):
+        for number, sample in enumerate(found[:DEMO_SAMPLES], start=1):
+            answers = [("prompt", sample.prompt), ("base", sample.base), ("tuned", sample.tuned)]
+            title = f"{kind} {number} of {len(found)}, held-out request"
+            speaker.table("", ("", title), [*answers, ("right", sample.reference)])
     show_metrics(summary)
-    metrics = result.metrics
-    if metrics.keys() >= {"base_exact_match", "exact_match"}:
-        speaker.show(
-            f"Held-out requests answered exactly right: {metrics['base_exact_match']:.0%} before, "
-            f"{metrics['exact_match']:.0%} after."
-        )
+    for metric in summary.metrics:
+        if metric.name == "exact_match" and metric.rows and metric.base is not None and metric.tuned is not None:
+            before, after = (format_rows_right(value, metric.rows) for value in (metric.base, metric.tuned))
+            speaker.show(f"Held-out requests answered exactly right: {before} before, {after} after.")
     speaker.show(summary.verdict.text)
     _show_places(result)
     place = shlex.quote(str(result.run_dir))
@@ -151,6 +162,11 @@ def _shown(value: object) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return f"{value:g}" if isinstance(value, float) else "none" if value is None else str(value)
+
+
+def _measure(value: float | None, rows: int | None) -> str:
+    """A measure; a share of rows as a count."""
+    return format_rows_right(value, rows) if rows and value is not None else _number(value)
 
 
 def _number(value: float | None) -> str:

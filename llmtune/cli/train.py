@@ -195,7 +195,6 @@ def demo(output: Output = None, as_json: Json = False) -> None:
     from llmtune.finetuner import FineTuner
     from llmtune.hardware.processes import stoppable
 
-    introduce_demo()
     asked = Asked(
         data=str(demo_train_path()),
         eval_data=str(demo_heldout_path()),
@@ -203,6 +202,11 @@ def demo(output: Output = None, as_json: Json = False) -> None:
         preset="highspeed",
         output=output,
     )
-    tuner = FineTuner(config=configured(asked, None, None), metrics={"exact_match": exact_match})
+    wanted = configured(asked, None, None)
+    judged = wanted.evaluate.metric_rows
+    wanted = configured(asked, None, [f"evaluate.num_samples={judged}"])  # so that misses can be shown too
+    with open(demo_heldout_path(), encoding="utf-8") as held_out:
+        introduce_demo(held_out=sum(1 for _ in held_out), judged=judged)
+    tuner = FineTuner(config=wanted, metrics={"exact_match": exact_match})
     with stoppable():
         tell_demo(tuner.train(), as_json)

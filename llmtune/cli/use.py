@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmtune.cli.app import command
+from llmtune.cli.leakage import show_leakage
 from llmtune.cli.options import EvalData, Json, Run, find_run
 from llmtune.console import quieten_libraries, speaker
 
@@ -20,18 +21,28 @@ MaxNewTokens = Annotated[
     int | None, typer.Option("--max-new-tokens", metavar="N", min=1, help="Longest answer; that of the run's samples.")
 ]
 
+NumAnswers = Annotated[
+    int | None,
+    typer.Option(
+        "--answers", metavar="N", min=0, help="Prompts that both models answer, to see whether answers end; 16, or 0."
+    ),
+]
+
 
 @command("eval", example="llmtune eval chats-tinyllama-3f9a1c --eval-data new.jsonl")
-def evaluate(run: Run, eval_data: EvalData = None, as_json: Json = False) -> None:
+def evaluate(run: Run, eval_data: EvalData = None, answers: NumAnswers = None, as_json: Json = False) -> None:
     """Measure a tuned model against its base.
 
-    Loss and perplexity of both on the rows the run held out, or on other data.
+    Loss and answers of both on the rows the run held out, or on other data. Rows that the run was trained on are named
+    and left out.
     """
-    verdict = _open(run).evaluate(eval_data)
+    verdict = _open(run).evaluate(eval_data, answers=answers)
     if as_json:
         speaker.emit(verdict.to_json())
-    else:
-        speaker.show(verdict.text)
+        return
+    if verdict.leakage is not None:
+        show_leakage(verdict.leakage)
+    speaker.show(verdict.text)
 
 
 @command(

@@ -6,17 +6,20 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from llmtune.data.advice import Advice, advise
-from llmtune.data.duplicates import SIGNATURE_BYTES, Duplicates, Leakage, duplicate_groups
+from llmtune.data.duplicates import SIGNATURE_BYTES, Duplicates, Leakage, contamination, duplicate_groups
 from llmtune.data.reading import Reading, bad_rows_error, ignored_names, not_trainable, readings_of
 from llmtune.data.records import Problem
 from llmtune.data.scan import Scanner, ScanTally, scan
 from llmtune.data.supervision import Supervision
 from llmtune.data.unread import sentence
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _SHOWN = 20  # problems that are printed
 
@@ -121,6 +124,7 @@ def check(
     format: str | None = None,
     columns: Mapping[str, str] | None = None,
     near_duplicates: bool = False,
+    evaluation: Reading | None = None,
     processes: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> DataReport:
@@ -131,6 +135,7 @@ def check(
         format: See `read`.
         columns: See `read`.
         near_duplicates: Also look for rows that nearly repeat others, which takes several times as long.
+        evaluation: Evaluation data, whose good rows are compared with the others.
         processes: How many share the work; as many as pay off when None. The report is the same for any number.
         progress: Called with the number of rows done so far.
 
@@ -140,10 +145,20 @@ def check(
     """
     readings = readings_of(data, format=format, columns=columns)
     tally = scan(Scanner(readings=readings, signatures=near_duplicates), processes=processes, progress=progress)
-    return data_report(readings, tally, near_duplicates=near_duplicates)
+    leakage = None
+    if evaluation is not None:
+        judged = scan(Scanner(readings=(evaluation,), signatures=near_duplicates), processes=processes)
+        leakage = _leakage((readings, tally), ((evaluation,), judged), near_duplicates)
+    return data_report(readings, tally, near_duplicates=near_duplicates, leakage=leakage)
 
 
-def data_report(readings: Sequence[Reading], tally: ScanTally, *, near_duplicates: bool = False) -> DataReport:
+def data_report(
+    readings: Sequence[Reading],
+    tally: ScanTally,
+    *,
+    near_duplicates: bool = False,
+    leakage: Leakage | None = None,
+) -> DataReport:
     """The account of a whole scan."""
     statistics, duplicates = tally.text.statistics(), _duplicates(readings, tally, near_duplicates)
     return DataReport(
@@ -158,7 +173,8 @@ def data_report(readings: Sequence[Reading], tally: ScanTally, *, near_duplicate
         duplicates=duplicates,
         unused=tally.unused.names(ignored_names(readings)),
         not_trainable=next((not_trainable(reading) for reading in readings if not reading.format.trainable), None),
-        advice=advise(statistics, duplicates) if tally.rows > tally.bad_rows else (),
+        advice=advise(statistics, duplicates, leakage=leakage) if tally.rows > tally.bad_rows else (),
+        leakage=leakage,
         notices=tuple(dict.fromkeys(notice for reading in readings for notice in reading.source.all_notices)),
     )
 
@@ -168,12 +184,29 @@ def _joined(texts: Sequence[str], separator: str) -> str:
 
 
 def _duplicates(readings: Sequence[Reading], tally: ScanTally, near_duplicates: bool) -> Duplicates:
+    digests, signatures = _fingerprints(tally, near_duplicates)
+    return duplicate_groups(digests, signatures).facts(_locator(readings, tally))
+
+
+_Scanned = tuple[Sequence[Reading], ScanTally]
+
+
+def _leakage(train: _Scanned, evaluation: _Scanned, near: bool) -> Leakage:
+    found = contamination(*_fingerprints(train[1], near), *_fingerprints(evaluation[1], near))
+    return found.located(_locator(*evaluation), _locator(*train))
+
+
+def _fingerprints(tally: ScanTally, near: bool) -> tuple[NDArray[np.uint64], NDArray[np.uint8] | None]:
+    digests = np.frombuffer(tally.digests, np.uint64)
+    return digests, np.frombuffer(tally.signatures, np.uint8).reshape(-1, SIGNATURE_BYTES) if near else None
+
+
+def _locator(readings: Sequence[Reading], tally: ScanTally) -> Callable[[int], tuple[str, int]]:
+    """What gives file and line of a good row."""
     ends = list(accumulate(count for *_, count in tally.chunks))
 
     def locate(row: int) -> tuple[str, int]:
         reading, file, _ = tally.chunks[bisect_right(ends, row)]
         return readings[reading].source.labels[file], tally.lines[row]
 
-    digests = np.frombuffer(tally.digests, np.uint64)
-    signatures = np.frombuffer(tally.signatures, np.uint8).reshape(-1, SIGNATURE_BYTES) if near_duplicates else None
-    return duplicate_groups(digests, signatures).facts(locate)
+    return locate

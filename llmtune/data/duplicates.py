@@ -12,7 +12,7 @@ import re
 import string
 import unicodedata
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
@@ -315,6 +315,7 @@ class Leakage:
         near_rows: int64 [n], further ones that a training row nearly repeats. None: not looked for.
         training_rows: int64 [n], the training rows concerned.
         examples: (evaluation row, training row), at most 20.
+        places: The same by file and line, once `located` has found them.
     """
 
     rows: int
@@ -322,6 +323,22 @@ class Leakage:
     near_rows: Rows | None
     training_rows: Rows
     examples: tuple[tuple[int, int], ...]
+    places: tuple[Repeat, ...] = ()
+
+    @property
+    def leaked_rows(self) -> Rows:
+        """Return the numbers of the evaluation rows that occur in training, exactly or nearly, upwards."""
+        return self.exact_rows if self.near_rows is None else np.union1d(self.exact_rows, self.near_rows)
+
+    def located(
+        self, evaluation: Callable[[int], tuple[str, int]], training: Callable[[int], tuple[str, int]]
+    ) -> Leakage:
+        """Return the same with places; each argument gives file and line of a row."""
+        exact, places = set(self.exact_rows.tolist()), []
+        for row, of in self.examples:
+            (file, line), (of_file, of_line) = evaluation(row), training(of)
+            places.append(Repeat(file=file, line=line, of_file=of_file, of_line=of_line, near=row not in exact))
+        return replace(self, places=tuple(places))
 
     @property
     def leaked(self) -> int:
@@ -329,13 +346,17 @@ class Leakage:
         return len(self.exact_rows) + (0 if self.near_rows is None else len(self.near_rows))
 
     def to_json(self) -> dict[str, Any]:
-        """The ``leakage`` object of ``data_report.json``: counts, and examples by row number."""
+        """The ``leakage`` object of ``data_report.json``: counts, and examples by row number and by place."""
+        places = [place.to_json() for place in self.places] or [{} for _ in self.examples]
         return {
             "rows": self.rows,
             "exact_rows": len(self.exact_rows),
             "near_rows": None if self.near_rows is None else len(self.near_rows),
             "training_rows": len(self.training_rows),
-            "examples": [{"eval_row": row, "training_row": of} for row, of in self.examples],
+            "examples": [
+                {"eval_row": row, "training_row": of} | place
+                for (row, of), place in zip(self.examples, places, strict=True)
+            ],
         }
 
 

@@ -152,6 +152,12 @@ class EncodedDataset:
         return self._files[columns.file[row]], int(columns.line[row])
 
     @property
+    def places(self) -> tuple[tuple[str, ...], NDArray[np.int32], NDArray[np.int64]]:
+        """The names of the files, and of each row the number of its file and its line: int32 and int64 [rows]."""
+        every = slice(None) if self._rows is None else self._rows
+        return self._files, self._column("file", np.int32)[every], self._column("line", np.int64)[every]
+
+    @property
     def signatures(self) -> NDArray[np.uint8]:
         """MinHash of each row, see `signature`, uint8 [rows, bytes]."""
         parts = [np.zeros((0, self._signature_bytes), np.uint8), *(columns.signature for columns in self._columns)]

@@ -1,23 +1,49 @@
-"""Measuring: loss and perplexity, answers to held-out prompts, exact match and the user's own metrics."""
+"""Measuring: loss and its interval, answers to held-out prompts and their flaws, exact match, metrics of the user."""
 
 from typing import TYPE_CHECKING, Any
 
-from llmtune.evaluation.metrics import Metric, exact_match
+from llmtune.evaluation.metrics import Metric, counts_rows, exact_match
 
 if TYPE_CHECKING:
-    from llmtune.evaluation.generation import Prompt, answer, as_base, prompts_of
-    from llmtune.evaluation.loss import Scores, score
+    from llmtune.evaluation.flaws import AnswerCheck
+    from llmtune.evaluation.generation import Answer, Prompt, answer, answers_to, as_base, prompts_of
+    from llmtune.evaluation.interval import LEAST_ROWS, Interval, paired_interval
+    from llmtune.evaluation.loss import RowLosses, Scores, perplexity_of, score
 
-__all__ = ["Metric", "Prompt", "Scores", "answer", "as_base", "exact_match", "prompts_of", "score"]
+__all__ = [
+    "LEAST_ROWS",
+    "Answer",
+    "AnswerCheck",
+    "Interval",
+    "Metric",
+    "Prompt",
+    "RowLosses",
+    "Scores",
+    "answer",
+    "answers_to",
+    "as_base",
+    "counts_rows",
+    "exact_match",
+    "paired_interval",
+    "perplexity_of",
+    "prompts_of",
+    "score",
+]
+
+
+# Where each name is: torch or numpy are loaded when one is first asked for.
+_PLACES = {
+    "flaws": ("AnswerCheck",),
+    "interval": ("LEAST_ROWS", "Interval", "paired_interval"),
+    "loss": ("RowLosses", "Scores", "perplexity_of", "score"),
+    "generation": ("Answer", "Prompt", "answer", "answers_to", "as_base", "prompts_of"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Scores", "score"):  # these import torch
-        from llmtune.evaluation import loss
+    from importlib import import_module
 
-        return getattr(loss, name)
-    if name in ("Prompt", "answer", "as_base", "prompts_of"):
-        from llmtune.evaluation import generation
-
-        return getattr(generation, name)
+    for module, names in _PLACES.items():
+        if name in names:
+            return getattr(import_module(f"llmtune.evaluation.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from llmtune.data import EncodedDataset
+from llmtune.evaluation.flaws import Flaw, flaw_of
 
 # Rows generated together. Decoding is bound by reading weights, so rows are nearly free until memory is short.
 ROWS_AT_ONCE = 32
@@ -23,6 +24,31 @@ class Prompt:
     input_ids: tuple[int, ...]
     text: str
     reference: str
+    reference_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """A greedy answer: its text and its token ids without the stop token.
+
+    ``stopped``: whether it ended with a stop token; ``limit``: most new tokens that it could have.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    stopped: bool
+    limit: int
+
+    def flaw(self, prompt: Prompt) -> Flaw | None:
+        """Return what is wrong with it as an answer to ``prompt``; None where nothing is."""
+        return flaw_of(
+            self.ids,
+            prompt.reference_ids,
+            text=self.text,
+            reference_text=prompt.reference,
+            stopped=self.stopped,
+            limit=self.limit,
+        )
 
 
 def prompts_of(data: EncodedDataset, tokenizer: Any, count: int) -> list[Prompt]:
@@ -43,12 +69,12 @@ def prompts_of(data: EncodedDataset, tokenizer: Any, count: int) -> list[Prompt]
                 input_ids=tuple(int(i) for i in ids[:start]),
                 text=tokenizer.decode(ids[:start], skip_special_tokens=True).strip(),
                 reference=tokenizer.decode(ids[start : supervised[-1] + 1], skip_special_tokens=True).strip(),
+                reference_ids=tuple(int(i) for i in ids[start : supervised[-1] + 1]),
             )
         )
     return prompts
 
 
-@torch.no_grad()
 def answer(
     model: Any,
     tokenizer: Any,
@@ -58,10 +84,26 @@ def answer(
     device: torch.device | str,
     rows_at_once: int = ROWS_AT_ONCE,
 ) -> list[str]:
-    """Greedy continuations up to the stop token, in the order of ``prompts``; ``rows_at_once`` of them together."""
+    """Return the texts of `answers_to`."""
+    how: dict[str, Any] = {"max_new_tokens": max_new_tokens, "device": device, "rows_at_once": rows_at_once}
+    return [given.text for given in answers_to(model, tokenizer, prompts, **how)]
+
+
+@torch.no_grad()
+def answers_to(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    device: torch.device | str,
+    rows_at_once: int = ROWS_AT_ONCE,
+) -> list[Answer]:
+    """Return greedy continuations up to the stop token, in the order of ``prompts``; ``rows_at_once`` together."""
     was_training = model.training
     model.eval()
-    answers: list[str] = []
+    answers: list[Answer] = []
+    stops = stop_token_ids(model, tokenizer)
     try:
         for start in range(0, len(prompts), rows_at_once):
             group = prompts[start : start + rows_at_once]
@@ -82,12 +124,20 @@ def answer(
                 top_p=None,
                 top_k=None,
                 pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=stop_token_ids(model, tokenizer),
+                eos_token_id=stops,
             )
-            answers += [text.strip() for text in tokenizer.batch_decode(generated[:, width:], skip_special_tokens=True)]
+            new = generated[:, width:].tolist()
+            texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+            answers += [_answer(ids, text.strip(), stops, max_new_tokens) for ids, text in zip(new, texts, strict=True)]
     finally:
         model.train(was_training)
     return answers
+
+
+def _answer(new: list[int], text: str, stops: Sequence[int], limit: int) -> Answer:
+    """One answer of a batch: what follows its first stop token is padding."""
+    end = next((at for at, token in enumerate(new) if token in stops), len(new))
+    return Answer(text=text, ids=tuple(new[:end]), stopped=end < len(new), limit=limit)
 
 
 def stop_token_ids(model: Any, tokenizer: Any) -> list[int]:

@@ -14,3 +14,12 @@ def exact_match(answers: Sequence[str], references: Sequence[str]) -> float:
         return 0.0
     hits = sum(answer.strip() == reference.strip() for answer, reference in zip(answers, references, strict=True))
     return hits / len(references)
+
+
+# Its value times the rows is a number of rows, which is what people are told: "61 of 64".
+exact_match.counts_rows = True  # type: ignore[attr-defined]
+
+
+def counts_rows(metric: Metric) -> bool:
+    """Return whether a metric is the share of rows that are right, as its attribute ``counts_rows`` says."""
+    return bool(getattr(metric, "counts_rows", False))

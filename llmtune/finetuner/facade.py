@@ -17,6 +17,7 @@ from llmtune.errors import CheckpointError, ConfigError, HardwareError, did_you_
 from llmtune.evaluation import Metric
 from llmtune.finetuner import account, continuing, facts, rows
 from llmtune.finetuner.result import RunResult
+from llmtune.finetuner.training_rows import TrainingRows
 from llmtune.hardware import Hardware, launch_shortfall, tf32_products, yield_cores
 from llmtune.hardware.processes import stoppable
 from llmtune.planning import Plan, PlanRequest, make_plan
@@ -80,7 +81,7 @@ class FineTuner:
         """
         inputs = rows.inputs_of(self.config, self._data)
         rows.tell_reading(inputs)
-        return rows.check_data(inputs)
+        return rows.check_data(inputs, compare=True)
 
     def plan(self, hardware: Hardware | None = None) -> Plan:
         """Everything ``train`` would do, each number with its reason.
@@ -160,7 +161,7 @@ class FineTuner:
                 return account.finish(run, outcome) if ranks.is_main else RunResult.of(run)
 
     def evaluate(self) -> Verdict:
-        """Loss and perplexity of base and tuned model on the held-out rows of the finished run."""
+        """Compare base and tuned model on the held-out rows of the finished run."""
         return self._finished().evaluate()
 
     def generate(self, prompt: str | Sequence[Mapping[str, Any]], *, max_new_tokens: int | None = None) -> str:
@@ -295,6 +296,8 @@ class FineTuner:
             base = None if base_of is None else base_of()
         if base is not None:
             continuing.take_up(run, self._identity(model, data), self.config, base, continued, resume_from)
+            if TrainingRows.load(run) is None:  # a new run, or one of an earlier version
+                TrainingRows.of(data.train).keep(run)
             account.started(run, plan, resume_from, ranks.size)
         ranks.wait()
         job = TrainingJob(
@@ -314,6 +317,7 @@ class FineTuner:
             callbacks=self._callbacks,
             metrics=self._metrics,
             request=None if continued or resume_from or self.config.train.probe is False else request,
+            leaked=data.leaked,
         )
         return job, resume_from
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmtune.reporting import Verdict
+from llmtune.reporting.verdict import evidence_of, judge
 from llmtune.runs import RunDirectory
 
 
@@ -21,6 +23,7 @@ class RunResult:
         metrics: ``train_loss``; with evaluation data ``eval_loss``, ``perplexity``, ``base_eval_loss``, user metrics.
         incidents: What went wrong and was survived, as events.
         steps: Updates done.
+        verdict: Whether the result is better than its base model, and what that rests on.
     """
 
     run_dir: Path
@@ -29,12 +32,14 @@ class RunResult:
     metrics: Mapping[str, float]
     incidents: tuple[Mapping[str, Any], ...]
     steps: int
+    verdict: Verdict
 
     @classmethod
     def of(cls, run: RunDirectory) -> RunResult:
         """Read the outcome from a run directory."""
-        document = run.run
-        incidents = tuple(event for event in run.events() if event["event"] in ("incident", "recovery"))
+        document, events = run.run, list(run.events())
+        incidents = tuple(event for event in events if event["event"] in ("incident", "recovery"))
+        evidence = evidence_of(document, run.evaluations(), events)
         return cls(
             run_dir=run.path,
             adapter_dir=run.final,
@@ -42,6 +47,7 @@ class RunResult:
             metrics={name: float(value) for name, value in (document.get("metrics") or {}).items()},
             incidents=incidents,
             steps=document.get("steps") or 0,
+            verdict=judge(evidence, is_over=document["status"] == "finished"),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -53,4 +59,5 @@ class RunResult:
             "metrics": dict(self.metrics),
             "incidents": [dict(incident) for incident in self.incidents],
             "steps": self.steps,
+            "verdict": self.verdict.to_json(),
         }

@@ -101,6 +101,7 @@ class Data:
     ``complexity``: how varied the training text is, 0 to 1. ``unused``: names of columns and parts of the training rows
     that hold something and are not read. ``encoded``: all rows that were given for training, before
     any were held out or, ``num_dropped``, left out as duplicates. ``duplicates``, ``leakage``: among all of them.
+    ``leaked``: numbers of the evaluation rows that are trained on all the same.
     """
 
     train: EncodedDataset | None
@@ -114,6 +115,7 @@ class Data:
     num_dropped: int = 0
     duplicates: Duplicates | None = None
     leakage: Leakage | None = None
+    leaked: tuple[int, ...] = ()
 
 
 def inputs_of(config: RunConfig, data: Any) -> Inputs:
@@ -188,10 +190,17 @@ def tell_reading(inputs: Inputs) -> None:
         speaker.say(notice)
 
 
-def check_data(inputs: Inputs, *, near_duplicates: bool = False) -> DataReport:
-    """Read every row of the training data and collect every problem; nothing is tokenised."""
+def check_data(inputs: Inputs, *, near_duplicates: bool = False, compare: bool = False) -> DataReport:
+    """Read every row of the training data and collect every problem; nothing is tokenised.
+
+    Args:
+        inputs: The data.
+        near_duplicates: Also look for rows that nearly repeat others.
+        compare: Also look for evaluation rows that occur in the training data, where evaluation data is given.
+    """
+    evaluation = inputs.evaluation if compare else None
     with speaker.progress("checking the data", None) as bar:
-        report = check(inputs.train, near_duplicates=near_duplicates, progress=bar.update)
+        report = check(inputs.train, near_duplicates=near_duplicates, evaluation=evaluation, progress=bar.update)
     return replace(report, notices=tuple(dict.fromkeys((*inputs.warnings, *inputs.notices, *report.notices))))
 
 
@@ -255,10 +264,13 @@ def tokenised(config: RunConfig, inputs: Inputs, tokenizer: PreTrainedTokenizerB
     whole = _encode(config, inputs.train, tokenizer, spec, "training data")
     groups = _groups(whole)
     kept, leakage, held_out = _kept(config, groups), None, None
+    leaked: tuple[int, ...] = ()
     if inputs.evaluation is not None:
         held_out = _encode(config, (inputs.evaluation,), tokenizer, spec, "evaluation data")
         leakage = _leakage(whole, held_out)
-        if config.data.duplicates != "keep":
+        if config.data.duplicates == "keep":
+            leaked = tuple(leakage.leaked_rows.tolist())
+        else:
             kept = np.setdiff1d(kept, leakage.training_rows)
     train = whole if len(kept) == len(whole) else whole.select(kept)
     if held_out is None and (share := eval_share(config, len(train))) > 0:
@@ -275,6 +287,7 @@ def tokenised(config: RunConfig, inputs: Inputs, tokenizer: PreTrainedTokenizerB
         num_dropped=len(whole) - len(kept),
         duplicates=groups.facts(whole.location),
         leakage=leakage,
+        leaked=leaked,
     )
 
 
@@ -286,7 +299,8 @@ def _groups(dataset: EncodedDataset) -> Groups:
 def _leakage(train: EncodedDataset, evaluation: EncodedDataset) -> Leakage:
     near = len(train) + len(evaluation) <= MOST_COMPARED_ROWS
     signatures = (train.signatures, evaluation.signatures) if near else (None, None)
-    return contamination(train.digests, signatures[0], evaluation.digests, signatures[1])
+    found = contamination(train.digests, signatures[0], evaluation.digests, signatures[1])
+    return found.located(evaluation.location, train.location)
 
 
 def _kept(config: RunConfig, groups: Groups) -> NDArray[np.int64]:

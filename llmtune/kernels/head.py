@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from llmtune.kernels.loss import supervised_loss
+from llmtune.kernels.loss import supervised_loss, supervised_losses
 from llmtune.models.heads import causal_of, decoder_of, own_loss, standing_in
 
 IGNORED = -100  # as transformers' losses have it
@@ -46,7 +46,8 @@ def attach_loss(model: Any, *, chunk_rows: int) -> str | None:
 
     Calls with ``labels`` return the loss as before and ``logits=None``; all others are served as before. Such a call
     may name the supervised positions itself, as ``supervised_positions``: int64, numbers ``row × seq + position`` of
-    the positions whose *next* one has a label. That spares waiting for an accelerator to count them.
+    the positions whose *next* one has a label. That spares waiting for an accelerator to count them. With
+    ``per_row=True`` the loss of such a call is a vector, the sum of each row's losses; it has no gradient.
 
     Args:
         model: A causal language model of transformers, or a PEFT model around one.
@@ -139,6 +140,7 @@ def _forward_of(kind: Any) -> Any:
         if head is not None and named.get("labels") is not None and _is_served(self, head, named):
             return _with_loss(self, head, **named)
         kwargs.pop("supervised_positions", None)
+        kwargs.pop("per_row", None)
         return upstream(self, *args, **kwargs)
 
     return forward
@@ -168,6 +170,7 @@ def _with_loss(
     labels: torch.Tensor,
     num_items_in_batch: torch.Tensor | int | None = None,
     supervised_positions: torch.Tensor | None = None,
+    per_row: bool = False,
     **kwargs: Any,
 ) -> Any:
     from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -178,15 +181,20 @@ def _with_loss(
     following = torch.nn.functional.pad(labels, (0, 1), value=IGNORED)[..., 1:].reshape(-1).to(states.device)
     positions = (following != IGNORED).nonzero().squeeze(1) if supervised_positions is None else supervised_positions
     module = causal.get_output_embeddings()
-    loss = supervised_loss(
-        states.reshape(-1, states.shape[-1]).index_select(0, positions),
-        module.weight,
-        following.index_select(0, positions),
-        bias=module.bias,
-        logit_scale=head.logit_scale,
-        softcap=head.softcap,
-        chunk_rows=head.chunk_rows,
-    )
+    rows = states.reshape(-1, states.shape[-1]).index_select(0, positions)
+    targets = following.index_select(0, positions)
+    how: dict[str, Any] = {
+        "bias": module.bias,
+        "logit_scale": head.logit_scale,
+        "softcap": head.softcap,
+        "chunk_rows": head.chunk_rows,
+    }
+    if per_row:
+        losses = supervised_losses(rows, module.weight, targets, **how)
+        spread = losses.new_zeros(following.shape).index_copy(0, positions, losses)
+        loss = spread.reshape(labels.shape).sum(1)
+    else:
+        loss = supervised_loss(rows, module.weight, targets, **how)
     items = positions.numel() if num_items_in_batch is None else num_items_in_batch
     return CausalLMOutputWithPast(
         loss=loss / (items.to(loss.device) if isinstance(items, torch.Tensor) else items),

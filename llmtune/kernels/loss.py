@@ -78,9 +78,45 @@ def supervised_loss(
     Returns:
         fp32 scalar (fp64 for an fp64 weight). Where ``weight`` is trained its backward pass runs once.
     """
+    rule = _rule(weight, bias, logit_scale, softcap, chunk_rows, label_smoothing, z_loss)
+    loss: torch.Tensor = _SupervisedLoss.apply(hidden, weight, bias, labels, row_weights, rule)  # type: ignore[no-untyped-call]
+    return loss
+
+
+@torch.no_grad()
+def supervised_losses(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    *,
+    bias: torch.Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    chunk_rows: int = 256,
+) -> torch.Tensor:
+    """Return the cross-entropy of each row, in nats; see `supervised_loss`, which returns their sum.
+
+    Returns:
+        fp32 [rows] (fp64 for an fp64 weight), without gradients.
+    """
+    rule = _rule(weight, bias, logit_scale, softcap, chunk_rows, 0.0, 0.0)
+    with torch.autocast(weight.device.type, enabled=False):
+        losses, _ = _loss_and_gradients(hidden, weight, bias, labels, None, rule, (False, False, False))
+    return losses
+
+
+def _rule(
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    chunk_rows: int,
+    label_smoothing: float,
+    z_loss: float,
+) -> _Rule:
     dtype = _product_dtype(weight)
     trains_head = weight.requires_grad or (bias is not None and bias.requires_grad)
-    rule = _Rule(
+    return _Rule(
         logit_scale=logit_scale,
         softcap=softcap,
         chunk_rows=max(1, chunk_rows),
@@ -90,8 +126,6 @@ def supervised_loss(
         unit=FP16_UNIT if dtype == torch.float16 and not trains_head else 1.0,
         differentiates=torch.is_grad_enabled(),
     )
-    loss: torch.Tensor = _SupervisedLoss.apply(hidden, weight, bias, labels, row_weights, rule)  # type: ignore[no-untyped-call]
-    return loss
 
 
 def _product_dtype(weight: torch.Tensor) -> torch.dtype:
@@ -116,12 +150,12 @@ class _SupervisedLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         needed = ctx.needs_input_grad[:3] if rule.differentiates else (False, False, False)
         with torch.autocast(weight.device.type, enabled=False):
-            total, gradients = _loss_and_gradients(hidden, weight, bias, labels, row_weights, rule, needed)
+            losses, gradients = _loss_and_gradients(hidden, weight, bias, labels, row_weights, rule, needed)
         ctx.unit = rule.unit
         ctx.save_for_backward(gradients[0])
         # Not among the saved tensors: they are large, and scaled where they are.
         ctx.of_head = list(gradients[1:])
-        return total
+        return losses.sum()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -153,7 +187,7 @@ def _loss_and_gradients(
     rule: _Rule,
     needed: tuple[bool, bool, bool],
 ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]:
-    """The sum, and the gradients of hidden states, weight and bias that are ``needed``, ``rule.unit`` times."""
+    """Each row's loss, and the gradients of hidden states, weight and bias that are ``needed``, ``rule.unit`` times."""
     rows, vocabulary = hidden.shape[0], weight.shape[0]
     wide = torch.float64 if rule.dtype == torch.float64 else torch.float32
     matrix = weight.detach().to(rule.dtype)
@@ -181,7 +215,7 @@ def _loss_and_gradients(
             _add_product(of_weight, logits, states)
         if of_bias is not None:
             of_bias += logits.sum(0, dtype=wide)
-    return losses.sum(), (
+    return losses, (
         of_hidden,
         None if of_weight is None else of_weight.to(weight.dtype),
         None if of_bias is None or bias is None else of_bias.to(bias.dtype),

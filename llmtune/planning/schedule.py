@@ -114,8 +114,11 @@ def _warmup(request: PlanRequest, schedule: str, updates: int) -> Choice[int]:
     if schedule == "constant":
         return Choice(0, "the schedule 'constant' has no warm-up; 'constant_with_warmup' has", "derived")
     ratio = asked_or(request.config.train.warmup_ratio, "train.warmup_ratio", request.of_preset("warmup_ratio"))
+    count = round(ratio.value * updates)
     reason = f"{100 * ratio.value:g} % of {updates:,} updates; {ratio.reason}"
-    return Choice(round(ratio.value * updates), reason, ratio.source)
+    if count > 1:
+        reason += f"; equal steps, from 1/{count:,} of the peak at update 1 to the peak at update {count:,}"
+    return Choice(count, reason, ratio.source)
 
 
 def _set(key: str, value: Any) -> Choice[Any]:

@@ -6,16 +6,42 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from llmtune.evaluation.flaws import AnswerCheck
+from llmtune.evaluation.interval import Interval
 from llmtune.reporting.data_account import DataAccount
 from llmtune.runs import as_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """Whether tuning helped, in plain words."""
+    """Whether tuning helped, in plain words, and what that rests on.
 
-    kind: Literal["better", "not_better", "no_evaluation"]
+    Attributes:
+        kind: ``better`` or ``worse`` where the interval excludes zero; ``not_better`` where it does not, or where the
+            answers are flawed; ``too_few_rows``; ``no_interval`` where the losses of single rows are not known;
+            ``no_evaluation``.
+        text: The same for people.
+        rows: Rows that were held out of training.
+        tokens: Their supervised tokens.
+        base_loss: Mean loss per token of the base model on them, in nats.
+        loss: The same of the tuned model.
+        interval: Of tuned minus base.
+        answers: Flaws of the answers to some of them.
+    """
+
+    kind: Literal["better", "worse", "not_better", "too_few_rows", "no_interval", "no_evaluation"]
     text: str
+    rows: int | None = None
+    tokens: int | None = None
+    base_loss: float | None = None
+    loss: float | None = None
+    interval: Interval | None = None
+    answers: AnswerCheck | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields."""
+        plain: dict[str, Any] = as_json(self)
+        return plain | {"answers": None if self.answers is None else self.answers.to_json()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,11 +122,12 @@ class FailureNote:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
-    """One quality measure of the base model and of the result."""
+    """One quality measure of the base model and of the result; ``rows``: what a share of rows is a share of."""
 
     name: str
     base: float | None
     tuned: float | None
+    rows: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,12 +140,19 @@ class EvaluationRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """What the base model and the tuned model answered to the same prompt."""
+    """What the base model and the tuned model answered to the same prompt, and what is wrong with that."""
 
     prompt: str
     base: str | None
     tuned: str | None
     reference: str | None
+    base_flaw: str | None = None
+    tuned_flaw: str | None = None
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the tuned model gave the reference, white space at the ends aside."""
+        return None not in (self.tuned, self.reference) and str(self.tuned).strip() == str(self.reference).strip()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +13,9 @@ from llmtune.reporting.data_account import QUANTILES, DataAccount
 from llmtune.reporting.facts import Prediction, RunSummary
 from llmtune.reporting.pages import page
 from llmtune.reporting.summary import summarise
+from llmtune.reporting.verdict import FLAW_WORDS
 from llmtune.runs import RunDirectory
-from llmtune.units import format_bytes, format_count, format_seconds
+from llmtune.units import format_bytes, format_count, format_rows_right, format_seconds
 
 # Figures of the data that have a table of their own: all of a list, and the workings of a score.
 _TOLD_ELSEWHERE = re.compile(
@@ -60,6 +62,7 @@ def render(summary: RunSummary) -> str:
 def _tables(summary: RunSummary) -> dict[str, Any]:
     """Every table of the page as rows of text, so that the template only lays out."""
     columns = list(dict.fromkeys(name for row in summary.evaluations for name in row.values))
+    of_rows = {f"eval_{metric.name}": metric.rows for metric in summary.metrics if metric.rows}
     return {
         "facts": _facts(summary),
         "predictions": [_prediction(item) for item in summary.predictions],
@@ -71,9 +74,9 @@ def _tables(summary: RunSummary) -> dict[str, Any]:
         "metrics": [
             (
                 metric.name.replace("_", " "),
-                _number(metric.base),
-                _number(metric.tuned),
-                _difference(metric.base, metric.tuned),
+                _measure(metric.base, metric.rows),
+                _measure(metric.tuned, metric.rows),
+                _difference(metric.base, metric.tuned, metric.rows),
             )
             for metric in summary.metrics
         ],
@@ -82,7 +85,12 @@ def _tables(summary: RunSummary) -> dict[str, Any]:
             (
                 row.step,
                 row.step == (summary.best or {}).get("step"),
-                [shown(name, row.values.get(name)) for name in columns],
+                [
+                    _measure(row.values.get(name), rows)
+                    if (rows := of_rows.get(name))
+                    else shown(name, row.values.get(name))
+                    for name in columns
+                ],
             )
             for row in summary.evaluations
         ],
@@ -97,6 +105,7 @@ def _tables(summary: RunSummary) -> dict[str, Any]:
         ],
         "num_happenings_left_out": max(0, len(summary.happenings) - MOST_HAPPENINGS),
         "samples": summary.samples[:MOST_SAMPLES],
+        "flaws": {flaw: of_one for flaw, (of_one, _) in FLAW_WORDS.items()},
         "num_samples_left_out": max(0, len(summary.samples) - MOST_SAMPLES),
         "num_data_warnings": sum(notice.severity == "warning" for notice in summary.data_account.notices),
         "data": _data(summary.data_account),
@@ -197,13 +206,20 @@ def _facts(summary: RunSummary) -> list[tuple[str, str]]:
         ("data", summary.data_name),
         ("preset", summary.preset),
         ("steps", steps),
-        ("best", f"{best.get('metric')} {shown('', best.get('value'))} at step {best.get('step')}" if best else None),
+        ("best", f"{best.get('metric')} {_best_value(summary)} at step {best.get('step')}" if best else None),
         ("tokens", _tokens(summary)),
         ("speed", f"{format_count(summary.tokens_per_second)} tokens/s" if summary.tokens_per_second else None),
         ("started", _moment(summary.started)),
         ("ended", _moment(summary.finished)),
     ]
     return [(name, text) for name, text in found if text]
+
+
+def _best_value(summary: RunSummary) -> str:
+    best = summary.best or {}
+    name, value = str(best.get("metric")).removeprefix("eval_"), best.get("value")
+    rows = next((metric.rows for metric in summary.metrics if metric.name == name), None)
+    return _measure(value, rows) if rows and isinstance(value, float) else shown("", value)
 
 
 def _tokens(summary: RunSummary) -> str | None:
@@ -232,12 +248,16 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.3g} s" if seconds < 10 else format_seconds(seconds)
 
 
-def _difference(base: float | None, tuned: float | None) -> str:
-    return "" if base is None or tuned is None else f"{tuned - base:+.4g}"
+def _difference(base: float | None, tuned: float | None, rows: int | None) -> str:
+    if base is None or tuned is None:
+        return ""
+    difference = tuned - base
+    return f"{round(difference * rows):+,}" if rows and math.isfinite(difference) else f"{difference:+.4g}"
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.5g}"
+def _measure(value: float | None, rows: int | None) -> str:
+    """A measure; a share of rows as a count."""
+    return "" if value is None else format_rows_right(value, rows) if rows else f"{value:.5g}"
 
 
 def _moment(text: str | None) -> str | None:

@@ -24,8 +24,8 @@ from llmtune.reporting.facts import (
     Sample,
 )
 from llmtune.reporting.predictions import predictions, predictions_note
-from llmtune.reporting.reading import finite, items, mapping, numbers, text
-from llmtune.reporting.verdict import judge, overfitting_note, state_sentence
+from llmtune.reporting.reading import count, finite, items, mapping, numbers, text
+from llmtune.reporting.verdict import evidence_of, judge, overfitting_note, state_sentence
 from llmtune.runs import RunDirectory, number
 
 HAPPENINGS = ("incident", "recovery", "checkpoint_rejected", "early_stop", "preempted", "run_failed")
@@ -41,12 +41,13 @@ def summarise(run_dir: Path | str) -> RunSummary:
     run = RunDirectory.open(run_dir)
     document = run.run
     events = list(run.events())
-    steps, evaluations = run.steps(), _evaluations(run.evaluations())
+    steps, judged = run.steps(), run.evaluations()
+    evaluations = _evaluations(judged)
     plans = [mapping(_optional(run, path.name)) for path in run.plans]
     plan = plans[-1] if plans else {}
     happenings = tuple(_happening(event) for event in events if event["event"] in HAPPENINGS)
     failures = tuple(_failures(run))
-    metrics = _metrics(mapping(document.get("metrics")), evaluations)
+    metrics = _metrics(mapping(document.get("metrics")), evaluations, _counted(judged))
     done = max((step["step"] for step in steps), default=0)
     planned = _planned_steps(plan)
     status = str(document.get("status", "planned"))
@@ -66,7 +67,7 @@ def summarise(run_dir: Path | str) -> RunSummary:
         steps_planned=planned,
         best=mapping(document.get("best")) or None,
         state=state_sentence(status=status, is_live=run.is_live, step=done, of=planned, failures=failures),
-        verdict=judge(metrics, is_over=status == "finished"),
+        verdict=judge(evidence_of(document, judged, events), is_over=status == "finished"),
         note=overfitting_note(evaluations),
         metrics=metrics,
         predictions=foretold,
@@ -96,11 +97,20 @@ def summarise(run_dir: Path | str) -> RunSummary:
 
 
 def _evaluations(events: Iterable[Mapping[str, Any]]) -> tuple[EvaluationRow, ...]:
-    rows = (EvaluationRow(step=event["step"], values=numbers(event, without=("step",))) for event in events)
+    rows = (EvaluationRow(step=event["step"], values=numbers(event, without=("step", "num_rows"))) for event in events)
     return tuple(row for row in rows if row.values)
 
 
-def _metrics(recorded: Mapping[str, Any], evaluations: tuple[EvaluationRow, ...]) -> tuple[Metric, ...]:
+def _counted(evaluations: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Metrics that are shares of rows, and of how many."""
+    found = (mapping(event.get("rows_right")) for event in evaluations)
+    rows = {name: count(mapping(right).get("rows")) for each in found for name, right in each.items()}
+    return {name: of for name, of in rows.items() if of}
+
+
+def _metrics(
+    recorded: Mapping[str, Any], evaluations: tuple[EvaluationRow, ...], counted: Mapping[str, int]
+) -> tuple[Metric, ...]:
     """Quality measures, base beside tuned: from ``run.json``, else from the first and last evaluation."""
     known = numbers(recorded)
     if not known and evaluations:
@@ -108,7 +118,15 @@ def _metrics(recorded: Mapping[str, Any], evaluations: tuple[EvaluationRow, ...]
         known = _measures(last) if last.step > 0 else {}
         known |= {f"base_{name}": value for name, value in _measures(first).items() if first.step == 0}
     names = dict.fromkeys(name.removeprefix("base_") for name in known)
-    return tuple(Metric(name=name, base=known.get(f"base_{name}"), tuned=known.get(name)) for name in names)
+    return tuple(
+        Metric(name=name, base=known.get(f"base_{name}"), tuned=known.get(name), rows=counted.get(plain_name(name)))
+        for name in names
+    )
+
+
+def plain_name(name: str) -> str:
+    """Return the name of a metric without the prefix that evaluations put before it."""
+    return name.removeprefix("eval_")
 
 
 def _measures(row: EvaluationRow) -> dict[str, float]:
@@ -176,6 +194,8 @@ def _samples(events: Iterable[Mapping[str, Any]]) -> Iterator[Sample]:
             base=text(event.get("base")),
             tuned=text(event.get("tuned")),
             reference=text(event.get("reference")),
+            base_flaw=text(event.get("base_flaw")),
+            tuned_flaw=text(event.get("tuned_flaw")),
         )
 
 

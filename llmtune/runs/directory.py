@@ -149,8 +149,16 @@ class RunDirectory:
         Raises:
             OutputError: The disk is full or the place is not writable any more.
         """
+        return self.write_bytes(name, text.encode("utf-8", "replace"))
+
+    def write_bytes(self, name: str, content: bytes) -> Path:
+        """Write one file atomically and as it is given.
+
+        Raises:
+            OutputError: The disk is full or the place is not writable any more.
+        """
         with _explained(self.path):
-            write_atomically(self.path / name, text.encode("utf-8", "replace"))
+            write_atomically(self.path / name, content)
         return self.path / name
 
     def read_json(self, name: str) -> Any:

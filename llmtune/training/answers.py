@@ -5,11 +5,12 @@ Their size is their own: where memory runs out, fewer prompts are answered at on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from llmtune.errors import RecoveryExhausted
-from llmtune.evaluation import Prompt, answer, as_base, prompts_of
+from llmtune.evaluation import Answer, Prompt, answers_to, as_base, counts_rows, prompts_of
 from llmtune.evaluation.generation import ROWS_AT_ONCE
 from llmtune.training.meter import free_caches, is_out_of_memory
 from llmtune.training.recovery import Failure
@@ -34,7 +35,7 @@ class Answers:
         self._job, self._trainer = job, trainer
         self._rows = ROWS_AT_ONCE
 
-    def of(self, prompts: Sequence[Prompt]) -> list[str]:
+    def of(self, prompts: Sequence[Prompt]) -> list[Answer]:
         """The answers, in the order of ``prompts``.
 
         Raises:
@@ -45,7 +46,7 @@ class Answers:
         while True:
             try:
                 with trainer.watched():
-                    return answer(
+                    return answers_to(
                         trainer.model,
                         job.tokenizer,
                         prompts,
@@ -83,36 +84,53 @@ class Answers:
         return fewer
 
 
-def user_metrics(job: TrainingJob, answers: Answers) -> Callable[[], dict[str, float]]:
-    """What computes the user's metrics on the first rows of the evaluation data."""
+def attach_metrics(job: TrainingJob, trainer: UpdateTrainer, answers: Answers) -> None:
+    """Have ``trainer`` compute the user's metrics on the first rows of the evaluation data."""
     assert job.eval_data is not None
     prompts = prompts_of(job.eval_data, job.tokenizer, job.config.evaluate.metric_rows)
     references = [prompt.reference for prompt in prompts]
 
     def measure() -> dict[str, float]:
-        given = answers.of(prompts)
+        given = [each.text for each in answers.of(prompts)]
         return {name: float(metric(given, references)) for name, metric in job.metrics.items()}
 
-    return measure
+    trainer.measures = measure
+    trainer.counted = {name: len(prompts) for name, metric in job.metrics.items() if counts_rows(metric)}
 
 
-def base_answers(job: TrainingJob, answers: Answers, prompts: list[Prompt]) -> list[str]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseAnswer:
+    """What the base model answered to a prompt, and what is wrong with it as an answer."""
+
+    text: str
+    flaw: str | None
+
+
+def base_answers(job: TrainingJob, answers: Answers, prompts: list[Prompt]) -> list[BaseAnswer]:
     """Answers of the untouched base model. Full fine-tuning changes it, so they are noted before step 1."""
     if not prompts or job.ranks.is_sharded or not job.ranks.is_main:
         return []
-    known = {event["prompt"]: event["base"] for event in job.run.events() if event["event"] == "sample"}
+    known = {event["prompt"]: event for event in job.run.events() if event["event"] == "sample"}
     if all(prompt.text in known for prompt in prompts):
-        return [known[prompt.text] for prompt in prompts]
+        found = [known[prompt.text] for prompt in prompts]
+        return [BaseAnswer(text=event["base"], flaw=event.get("base_flaw")) for event in found]
     with as_base(job.model):
         given = answers.of(prompts)
-    for prompt, text in zip(prompts, given, strict=True):
-        job.run.event("sample", 0, prompt=prompt.text, reference=prompt.reference, base=text, tuned=None)
-    return given
+    base = [BaseAnswer(text=each.text, flaw=each.flaw(prompt)) for prompt, each in zip(prompts, given, strict=True)]
+    for prompt, before in zip(prompts, base, strict=True):
+        _tell(job, 0, prompt, before, None)
+    return base
 
 
-def tell_samples(job: TrainingJob, answers: Answers, prompts: list[Prompt], base: list[str], step: int) -> None:
+def tell_samples(job: TrainingJob, answers: Answers, prompts: list[Prompt], base: list[BaseAnswer], step: int) -> None:
     """Note what the model of ``step`` answers now, beside what the base model did."""
     if not base:
         return
     for prompt, before, after in zip(prompts, base, answers.of(prompts), strict=True):
-        job.run.event("sample", step, prompt=prompt.text, reference=prompt.reference, base=before, tuned=after)
+        _tell(job, step, prompt, before, after)
+
+
+def _tell(job: TrainingJob, step: int, prompt: Prompt, base: BaseAnswer, tuned: Answer | None) -> None:
+    texts = {"reference": prompt.reference, "base": base.text, "tuned": None if tuned is None else tuned.text}
+    flaws = {"base_flaw": base.flaw, "tuned_flaw": None if tuned is None else tuned.flaw(prompt)}
+    job.run.event("sample", step, prompt=prompt.text, **texts, **flaws)

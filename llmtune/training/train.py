@@ -21,8 +21,9 @@ from llmtune.errors import ConfigError, Preempted
 from llmtune.evaluation import Metric, prompts_of
 from llmtune.planning import Plan, PlanRequest
 from llmtune.runs import RunDirectory
-from llmtune.training.answers import Answers, base_answers, tell_samples, user_metrics
+from llmtune.training.answers import Answers, attach_metrics, base_answers, tell_samples
 from llmtune.training.arguments import greater_is_better, metric_key, training_arguments
+from llmtune.training.comparison import BaseComparison
 from llmtune.training.continuity import Continuity, Cursor, find_best, has_ended
 from llmtune.training.divergence import DivergenceGuard
 from llmtune.training.guards import (
@@ -56,6 +57,7 @@ class TrainingJob:
         callbacks: The user's own.
         metrics: The user's own measures of generated answers, by name.
         request: What the plan was made from, to plan again after the probe; None where nothing is probed.
+        leaked: Numbers of the evaluation rows that are also trained on: no verdict rests on them.
     """
 
     plan: Plan
@@ -70,6 +72,7 @@ class TrainingJob:
     callbacks: Sequence[TrainerCallback]
     metrics: Mapping[str, Metric]
     request: PlanRequest | None
+    leaked: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +112,7 @@ def run_training(job: TrainingJob, resume_from: Path | None) -> TrainingOutcome:
     evaluates = job.eval_data is not None
     answers = Answers(job, trainer)
     if job.metrics and evaluates:
-        trainer.measures = user_metrics(job, answers)
+        attach_metrics(job, trainer, answers)
     prompts = prompts_of(job.eval_data, job.tokenizer, job.config.evaluate.num_samples) if job.eval_data else []
     base = base_answers(job, answers, prompts)
     with stop.listening(), watchdog, collector.training():
@@ -256,8 +259,9 @@ def _add_watchers(job: TrainingJob, trainer: UpdateTrainer) -> None:
     elif job.request is not None:
         trainer.add_first_callback(BeforeFirstUpdate(job, trainer, job.request, meter))
     if job.ranks.is_main:
-        events = EventLog(job.run, trainer, meter.peak_of_tensors)
-        trainer.add_callback(Watcher(events, ProgressDisplay(meter.peak_of_tensors)))
+        comparison = BaseComparison(job.run, 0 if job.eval_data is None else len(job.eval_data), job.leaked)
+        events = EventLog(job.run, trainer, meter.peak_of_tensors, comparison)
+        trainer.add_callback(Watcher(events, ProgressDisplay(trainer, meter.peak_of_tensors)))
         trainer.add_callback(CheckpointCleanup(job.run, job.plan.keep_checkpoints.value))
 
 

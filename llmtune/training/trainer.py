@@ -27,11 +27,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from llmtune.data import EncodedDataset, epoch_order
-from llmtune.evaluation import Scores, score
+from llmtune.evaluation import RowLosses, Scores, score
 from llmtune.kernels.attention import mask_is_needed
 from llmtune.kernels.documents import variable_lengths
 from llmtune.training.committing import CommittingTrainer
@@ -41,6 +42,7 @@ from llmtune.training.meter import free_caches, is_out_of_memory
 from llmtune.training.ranks import Ranks
 from llmtune.training.recoveries import Recoveries
 from llmtune.training.saved_facts import manifest_facts
+from llmtune.training.schedules import warm_from_the_first_update
 from llmtune.training.shortage import Replays
 from llmtune.training.updates import Update, UpdateCollator, UpdateLoader, UpdateSampler
 
@@ -125,8 +127,10 @@ class UpdateTrainer(CommittingTrainer):
         self.skipped: set[int] = set()  # updates, counted from 0, whose rows are not learned from
         self.numbers: NumberGuard | None = None
         self.measures: Callable[[], dict[str, float]] | None = None  # the user's metrics, as the model is now
+        self.counted: Mapping[str, int] = {}  # metrics that are shares of rows, and of how many
         self.stop_agreed = False
         self.evaluation_seconds = 0.0  # of the latest one
+        self.last_scores: Scores | None = None  # of the latest one
         super().__init__(
             args=args,
             ranks=ranks,
@@ -202,6 +206,16 @@ class UpdateTrainer(CommittingTrainer):
         """None: an update counts its own supervised tokens, see ``training_step``."""
 
     # ------------------------------------------------------------------ one update
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Make the schedule, with a first learning rate above zero; see ``schedules``."""
+        scheduler: Any = self.__dict__.get("lr_scheduler")
+        if scheduler is None:
+            made = super().create_scheduler(num_training_steps, optimizer)
+            warmup = self.args.get_warmup_steps(num_training_steps)
+            scheduler = warm_from_the_first_update(made, warmup=warmup, updates=num_training_steps)
+            self.lr_scheduler = scheduler
+        return scheduler
 
     def training_step(
         self, model: torch.nn.Module, inputs: Update, num_items_in_batch: torch.Tensor | int | None = None
@@ -304,7 +318,7 @@ class UpdateTrainer(CommittingTrainer):
         data = self._eval_data if eval_dataset is None else eval_dataset
         assert data is not None, "evaluation was asked for without evaluation data"
         began = time.perf_counter()
-        scores = self.score(data)
+        self.last_scores = scores = self.score(data)
         metrics = {
             f"{metric_key_prefix}_loss": scores.loss,
             f"{metric_key_prefix}_perplexity": scores.perplexity,
@@ -362,9 +376,17 @@ class UpdateTrainer(CommittingTrainer):
     def _add_up(self, part: Scores) -> Scores:
         if self._ranks.size == 1:
             return part
-        sums = torch.tensor([[part.loss_sum, float(part.num_tokens)]], dtype=torch.float64, device=self.args.device)
-        loss_sum, tokens = self.accelerator.gather(sums).sum(dim=0).tolist()
-        return Scores(loss_sum=loss_sum, num_tokens=int(tokens))
+        own = [part.loss_sum, float(part.num_tokens), float(part.rows is not None)]
+        sums = torch.tensor(own, dtype=torch.float64, device=self.args.device)
+        loss_sum, tokens, with_rows = self.accelerator.reduce(sums, "sum").tolist()
+        rows = self._add_up_rows(part.rows) if part.rows is not None and with_rows == self._ranks.size else None
+        return Scores(loss_sum=loss_sum, num_tokens=int(tokens), rows=rows)
+
+    def _add_up_rows(self, part: RowLosses) -> RowLosses:
+        """The losses of all rows from those of each rank's share, which are zero elsewhere."""
+        own = torch.from_numpy(np.stack([part.losses, part.tokens.astype(np.float64)])).to(self.args.device)
+        losses, tokens = self.accelerator.reduce(own, "sum").cpu().numpy()
+        return RowLosses(losses=losses, tokens=tokens.astype(np.int64))
 
     # ------------------------------------------------------------------ saving
 

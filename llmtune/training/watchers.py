@@ -5,6 +5,7 @@ A watcher that fails is reported once and switched off; the run goes on without 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -14,8 +15,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from llmtune.console import ProgressBar, speaker
 from llmtune.runs import RunDirectory
+from llmtune.training.comparison import BaseComparison
 from llmtune.training.trainer import UpdateTrainer
-from llmtune.units import format_bytes, format_seconds
+from llmtune.units import format_bytes, format_rows_right, format_seconds
 
 # How often status.json is rewritten at most; events.jsonl has every step.
 STATUS_SECONDS = 1.0
@@ -114,10 +116,17 @@ class EventLog:
         run: The run directory.
         trainer: Whose latest update, evaluation and save are told.
         memory_bytes: Peak memory so far: of the device, or the resident set on a CPU.
+        comparison: Sets every evaluation beside that of the base model.
     """
 
-    def __init__(self, run: RunDirectory, trainer: UpdateTrainer, memory_bytes: Callable[[], int]) -> None:
-        self._run, self._trainer, self._memory_bytes = run, trainer, memory_bytes
+    def __init__(
+        self,
+        run: RunDirectory,
+        trainer: UpdateTrainer,
+        memory_bytes: Callable[[], int],
+        comparison: BaseComparison,
+    ) -> None:
+        self._run, self._trainer, self._memory_bytes, self._comparison = run, trainer, memory_bytes, comparison
         self._began_at, self._began_step, self._status_at = 0.0, 0, 0.0
         self._loss: float | None = None
         self._checkpoint: str | None = None
@@ -151,9 +160,14 @@ class EventLog:
 
     def evaluated(self, state: TrainerState, metrics: dict[str, float]) -> None:
         """One ``evaluation`` line; the prefix ``eval_`` is kept on the loss and the user's metrics."""
-        fields = {("perplexity" if key == "eval_perplexity" else key): value for key, value in metrics.items()}
-        seconds = self._trainer.evaluation_seconds
-        self._run.event("evaluation", state.global_step, epoch=state.epoch, seconds=seconds, **fields)
+        fields: dict[str, Any] = {
+            ("perplexity" if key == "eval_perplexity" else key): value for key, value in metrics.items()
+        }
+        trainer, step = self._trainer, state.global_step
+        fields |= self._comparison.facts(step, trainer.last_scores)
+        if right := {name: _rows_right(metrics[f"eval_{name}"], of) for name, of in trainer.counted.items()}:
+            fields["rows_right"] = right
+        self._run.event("evaluation", step, epoch=state.epoch, seconds=trainer.evaluation_seconds, **fields)
 
     def saved(self, state: TrainerState) -> None:
         """One ``checkpoint_saved`` line."""
@@ -184,8 +198,8 @@ class EventLog:
 class ProgressDisplay:
     """A progress bar with loss, rate and remaining time on a terminal; a few lines where there is none."""
 
-    def __init__(self, memory_bytes: Callable[[], int]) -> None:
-        self._memory_bytes = memory_bytes
+    def __init__(self, trainer: UpdateTrainer, memory_bytes: Callable[[], int]) -> None:
+        self._trainer, self._memory_bytes = trainer, memory_bytes
         self._stack = ExitStack()
         self._bar: ProgressBar | None = None
         self._began_at, self._began_step = 0.0, 0
@@ -208,10 +222,11 @@ class ProgressDisplay:
 
     def evaluated(self, state: TrainerState, metrics: dict[str, float]) -> None:
         """One line per evaluation."""
+        named = {key.removeprefix("eval_"): value for key, value in metrics.items()}
         own = "".join(
-            f"  {key.removeprefix('eval_')} {value:.4g}"
-            for key, value in metrics.items()
-            if key not in ("eval_loss", "eval_perplexity", "eval_tokens")
+            f"  {name} {format_rows_right(value, of) if (of := self._trainer.counted.get(name)) else f'{value:.4g}'}"
+            for name, value in named.items()
+            if name not in ("loss", "perplexity", "tokens")
         )
         where = "base model" if state.global_step == 0 else f"step {state.global_step}"
         loss, perplexity = metrics["eval_loss"], metrics["eval_perplexity"]
@@ -223,6 +238,11 @@ class ProgressDisplay:
     def ended(self, state: TrainerState) -> None:
         """Close the bar."""
         self._stack.close()
+
+
+def _rows_right(share: float, rows: int) -> dict[str, int | None]:
+    """The count behind a share of rows."""
+    return {"right": round(share * rows) if math.isfinite(share) else None, "rows": rows}
 
 
 def _eta(state: TrainerState, began_step: int, elapsed: float) -> float | None:

@@ -83,6 +83,17 @@ def _updates(dataset: Any, sampler: Any) -> Iterator[list[Tokens]]:
         epoch += 1
 
 
+def _warm_from_one_step(trainer: Trainer, updates: int) -> None:
+    """Give a stock Trainer the warm-up of llmtune: 1/w, 2/w … of the peak, where transformers begins at 0."""
+    warmup = trainer.args.get_warmup_steps(updates)
+    trainer.create_optimizer()
+    (formula, *_) = trainer.create_scheduler(updates).lr_lambdas
+    trainer.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
+        trainer.optimizer, lambda done: (done + 1) / warmup if done < warmup else formula(done)
+    )
+    trainer._created_lr_scheduler = False  # else the Trainer makes its own again
+
+
 def train_ours(study: Study, model: str, seed: int, work: Path) -> tuple[Recorder, Path]:
     """A run as a user has it who fixes the batch, the number of updates and the seed; its record and its result."""
     recorder = Recorder(study.checked)
@@ -192,6 +203,7 @@ class Reference:
             callbacks=[_Losses(losses)],
         )
         trainer.remove_callback(PrinterCallback)
+        _warm_from_one_step(trainer, len(record.updates))
         in_order(trainer, balanced=False)
         trainer.train()
         trainer.save_model(str(work / "final"))
