@@ -12,8 +12,9 @@ from llmtune.errors import did_you_mean, nearest
 
 # A bare value given for these groups means this key of theirs.
 BARE_VALUE_KEY = {"model": "id", "output": "dir"}
-# The one key whose value is a mapping, so that `data.columns.prompt` is a key as well.
-MAPPING_KEY = "data.columns"
+# Keys whose value is a mapping, so that `data.columns.prompt` is a key as well; of the first one the values are text.
+COLUMNS = "data.columns"
+MAPPING_KEYS = (COLUMNS, "train.schedule_arguments", "train.optimizer_arguments")
 
 
 @cache
@@ -33,9 +34,14 @@ def settable_keys() -> dict[str, str]:
 
 def is_text(key: str) -> bool:
     """Whether a full key holds text, so that ``2024`` or ``1e-4`` given for it stays as it was written."""
-    if key.startswith(f"{MAPPING_KEY}."):
-        return True
+    if (mapping := _mapping_of(key)) is not None:
+        return mapping == COLUMNS
     return kinds_of(_fields()[key].annotation) <= {str, SecretStr}
+
+
+def _mapping_of(key: str) -> str | None:
+    """The mapping that a full key is an entry of; None where it is no entry."""
+    return next((mapping for mapping in MAPPING_KEYS if key.startswith(f"{mapping}.")), None)
 
 
 def resolve_key(key: str) -> str:
@@ -45,7 +51,7 @@ def resolve_key(key: str) -> str:
         ValueError: The key is unknown (the nearest one is named) or its leaf stands in several groups.
     """
     known = _fields()
-    if key in known or key.startswith(f"{MAPPING_KEY}."):
+    if key in known or _mapping_of(key) is not None:
         return key
     if key in BARE_VALUE_KEY:
         return f"{key}.{BARE_VALUE_KEY[key]}"
@@ -60,7 +66,7 @@ def resolve_key(key: str) -> str:
         leaves = [full.split(".")[1] for full in known if full.startswith(f"{first}.")]
         raise ValueError(f"{key}: unknown key{did_you_mean(rest, leaves)}")
     owners = [full for full in known if full.split(".")[1] == first]
-    if owners == [MAPPING_KEY] or (len(owners) == 1 and not rest):
+    if len(owners) == 1 and (not rest or owners[0] in MAPPING_KEYS):
         return f"{owners[0]}.{rest}" if rest else owners[0]
     if len(owners) > 1 and not rest:
         raise ValueError(f"{key}: stands in several groups, give one of {', '.join(owners)}")

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 Goal = Literal["highspeed", "quality", "bestaccuracy"]
@@ -20,6 +21,23 @@ Supervise = Literal["all", "last", "completion", "text"]
 Duplicates = Literal["keep", "drop_exact", "drop_near"]
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def _argument(value: Any) -> Any:
+    """One argument of an optimizer or a schedule: ``1e-4``, which YAML 1.1 takes for a text, becomes a number."""
+    if isinstance(value, str):
+        number = _number(value)
+        return number if isinstance(number, float) and math.isfinite(number) else value
+    if isinstance(value, list | tuple):
+        parts = [_argument(part) for part in value]
+        if all(isinstance(part, int | float) and not isinstance(part, bool) for part in parts):
+            return tuple(parts)
+    if value is None or isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    raise PydanticCustomError("argument", "a finite number, a text, true or false, or a list of numbers")
+
+
+Arguments = dict[str, Annotated[Any, BeforeValidator(_argument)]]
 
 
 class Group(BaseModel):
@@ -111,9 +129,11 @@ class TrainConfig(Group):
     max_steps: Positive | None = Field(None, description="stop after this many updates")
     learning_rate: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="peak learning rate")
     schedule: str | None = Field(None, description="constant, linear, cosine, … as in transformers")
+    schedule_arguments: Arguments = Field(default_factory=dict, description="arguments of the schedule")
     warmup_ratio: Share | None = Field(None, description="share of the updates spent warming up")
     weight_decay: Annotated[float, Field(ge=0)] | None = Field(None, description="decoupled weight decay")
     optimizer: str | None = Field(None, description="a name of transformers' OptimizerNames")
+    optimizer_arguments: Arguments = Field(default_factory=dict, description="arguments of the optimizer")
     max_grad_norm: Annotated[float, Field(gt=0)] = Field(1.0, description="gradient norm is clipped to this")
     global_batch_size: Positive | None = Field(None, description="examples per update, over all processes")
     micro_batch_size: Positive | None = Field(None, description="most examples per forward pass on one device")
@@ -228,6 +248,9 @@ class RunConfig(Group):
             del document[group]
         for key in ("path", "eval_path"):
             del document["data"][key]
+        for key in ("schedule_arguments", "optimizer_arguments"):
+            if not document["train"][key]:  # so that a run of a version without them is found again
+                del document["train"][key]
         for source in document["data"]["sources"]:
             del source["path"]  # what is in the files decides, see the fingerprint of the data
         return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

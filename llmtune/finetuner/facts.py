@@ -30,6 +30,7 @@ from llmtune.hardware import (
 )
 from llmtune.models import ModelLocation, ModelSpec, load_tokenizer, locate, preset_of, read_spec, spec_from_entry
 from llmtune.planning import Choice, Plan, PlanRequest, choose_model, make_plan
+from llmtune.planning.checks import name_problems
 from llmtune.planning.correction import Experience, correction
 from llmtune.presets import CatalogueEntry, Preset, find_entry
 
@@ -112,9 +113,15 @@ def _content(path: Path) -> str:
 
 
 def machine_of(config: RunConfig, hardware: Hardware | None = None) -> Machine:
-    """This machine as far as it is known without measuring, or the one described by ``hardware``."""
+    """This machine as far as it is known without measuring, or the one described by ``hardware``.
+
+    Raises:
+        ConfigError: An optimizer, schedule or tracker that a run there could not use; said before data are read.
+    """
     found = hardware or detect(config.output.dir or config.output.root)
     device = choose_device(found, config.train.device)
+    if problems := name_problems(config, device.type):
+        raise ConfigError("configuration", problems)
     if hardware is None:
         found = replace(found, rates=cached_rates(found, device, cache_dir()))
     return Machine(hardware=found, device=device, experiences=experiences(Path(config.output.root)))

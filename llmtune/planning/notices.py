@@ -10,6 +10,7 @@ from dataclasses import replace
 from llmtune.hardware.device import torch_type
 from llmtune.planning.plan import Plan
 from llmtune.planning.request import PlanRequest
+from llmtune.registry.trackers import ALL, resolve_trackers
 from llmtune.units import format_seconds
 
 
@@ -36,6 +37,9 @@ def notices_of(request: PlanRequest, plan: Plan, plan_of: Callable[[PlanRequest]
     set_in_vain = [leaf for leaf in ("rank", "alpha", "dropout", "targets") if getattr(asked, leaf) is not None]
     if plan.method.value == "full" and set_in_vain:
         notices.append(f"Full fine-tuning has no adapter: adapter.{', adapter.'.join(set_in_vain)} has no effect.")
+    if request.config.monitor.report_to == (ALL,):
+        found = ", ".join(resolve_trackers((ALL,))) or "no tracker can be used here, see llmtune doctor"
+        notices.append(f"monitor.report_to=all: {found}.")
     if plan.fits and (idle := _idle_devices(request, plan, plan_of)):
         notices.append(idle)
     return tuple(notices)

@@ -70,6 +70,8 @@ class Plan:
         compile: Whether the decoder layers are compiled.
         pin_memory: Whether batches wait in page-locked host memory.
         closest: The nearest plans that fit, where this one does not; the cheapest first.
+        optimizer_arguments: Arguments of the optimizer beside learning rate and weight decay.
+        schedule_arguments: Arguments of the schedule beside warm-up and length.
         patience: Evaluations without improvement before stopping; None never stops early.
         measured: What the probe found that this plan rests on; None before it.
     """
@@ -99,8 +101,10 @@ class Plan:
     attention: Choice[str]
     compile: Choice[bool]
     optimizer: Choice[str]
+    optimizer_arguments: Choice[Mapping[str, Any]]
     learning_rate: Choice[float]
     schedule: Choice[str]
+    schedule_arguments: Choice[Mapping[str, Any]]
     warmup_updates: Choice[int]
     weight_decay: Choice[float]
     max_grad_norm: Choice[float]
@@ -227,6 +231,8 @@ def _before(choices: Mapping[str, Choice[Any]]) -> dict[str, Choice[Any]]:
         "checkpoint_every": Choice(int(recomputes), f"{age} recompute every layer or none", "default"),
         "activation_offload": Choice(False, f"{age} do not offload", "default"),
         "compile": Choice(False, f"{age} do not compile", "default"),
+        "optimizer_arguments": Choice({}, f"{age} take those of transformers", "default"),
+        "schedule_arguments": Choice({}, f"{age} take those of transformers", "default"),
         "pin_memory": Choice(choices["device"].value.startswith("cuda"), f"{age} pin for CUDA", "default"),
     }
 
@@ -244,4 +250,10 @@ def _shown(value: Any) -> str:
         return f"{value:g}"
     if isinstance(value, tuple):
         return ", ".join(str(part) for part in value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_shown_argument(part)}" for name, part in value.items()) or "none"
     return str(value)
+
+
+def _shown_argument(value: Any) -> str:
+    return f"({', '.join(f'{part:g}' for part in value)})" if isinstance(value, tuple | list) else _shown(value)
