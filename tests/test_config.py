@@ -320,6 +320,114 @@ def test_resolve_key():
         resolve_key("trian.epochs")
 
 
+# ------------------------------------------------------------------ several files, and environments in them
+
+
+def files(tmp_path, **documents) -> list[str]:
+    paths = []
+    for name, document in documents.items():
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(document))
+        paths.append(str(path))
+    return paths
+
+
+def test_later_files_win_and_say_so(tmp_path):
+    a, b, c = files(
+        tmp_path,
+        a={"train": {"epochs": 1, "seed": 7}, "adapter": {"rank": 8}},
+        b={"epochs": 3, "rank": 8, "learning_rate": 1e-4},
+        c={"train": {"epochs": 4}},
+    )
+    config = load(file=[a, b])
+    assert (config.train.epochs, config.train.seed, config.adapter.rank) == (3, 7, 8)
+    assert config.train.learning_rate == 1e-4
+    assert config.origin.files == (a, b)
+    assert config.origin.notes == (f"train.epochs: 3 of {b} replaces 1 of {a}",)
+    assert load(file=[a, b, c]).origin.notes == (f"train.epochs: 4 of {c} replaces 3 of {b} and 1 of {a}",)
+    assert load(file=[b, a]).train.epochs == 1
+    decided_elsewhere = load({"epochs": 9}, file=[a, b])
+    assert (decided_elsewhere.train.epochs, decided_elsewhere.origin.notes) == (9, ())
+
+
+def test_files_and_flags_keep_their_order_of_precedence(tmp_path):
+    a, b = files(tmp_path, a={"epochs": 1, "environments": {"dev": {"epochs": 2}}}, b={"epochs": 3})
+    environ = {"LLMTUNE_EPOCHS": "9", "LLMTUNE_SEED": "5"}
+    assert load(file=a, environ=environ).train.epochs == 1
+    assert load(file=a, env="dev", environ=environ).train.epochs == 2
+    assert load(file=[a, b], env="dev", environ=environ).train.epochs == 3
+    assert load(file=[b, a], env="dev", environ=environ).train.epochs == 2
+    assert load(file=a, env="dev", environ=environ, settings=["epochs=4"]).train.epochs == 4
+    assert load(file=a, env="dev", environ=environ).train.seed == 5
+
+
+ENVIRONMENTS = {
+    "train": {"epochs": 3, "seed": 1},
+    "environments": {"dev": {"train": {"epochs": 1}, "max_steps": 5}, "test": None, "prod": {"rank": 64}},
+}
+
+
+def test_an_environment_is_put_on_top_of_its_file(tmp_path):
+    (file,) = files(tmp_path, run=ENVIRONMENTS)
+    plain, dev, test = (load(file=file, env=env) for env in (None, "dev", "test"))
+    assert (plain.train.epochs, plain.train.max_steps, plain.adapter.rank) == (3, None, None)
+    assert (dev.train.epochs, dev.train.max_steps, dev.train.seed) == (1, 5, 1)
+    assert dev.origin.notes == (f"train.epochs: 1 of {file} (environments.dev) replaces 3 of {file}",)
+    assert test == plain
+    assert (plain.origin.env, dev.origin.env) == (None, "dev")
+    assert load(file=file, environ={"LLMTUNE_ENV": "prod"}).adapter.rank == 64
+    assert load(file=file, env="dev", environ={"LLMTUNE_ENV": "prod"}).adapter.rank is None
+
+
+def test_an_environment_that_does_not_exist_is_an_error(tmp_path):
+    file, without = files(tmp_path, run=ENVIRONMENTS, without={"epochs": 1})
+    assert error(file=file, env="prd") == "--env: got 'prd', expected dev or prod or test, did you mean 'prod'?"
+    assert error(file=file, environ={"LLMTUNE_ENV": "x"}) == "LLMTUNE_ENV: got 'x', expected dev or prod or test."
+    assert f"{without} has no `environments`" in error(file=without, env="dev")
+    assert "no configuration file was given" in error(env="dev")
+    assert load(environ={"LLMTUNE_ENV": "dev"}) == RunConfig()  # without files there is nothing to choose from
+    assert load(file=[without, file], env="dev").train.max_steps == 5
+
+
+@pytest.mark.parametrize("env", [None, "dev", "prod"])
+def test_every_environment_is_checked_whichever_is_chosen(tmp_path, env):
+    wrong = {"dev": {"train": {"epchs": 1}}, "prod": {"ran": 8, "epochs": -1}}
+    (file,) = files(tmp_path, run={"environments": wrong})
+    message = error(file=file, env=env)
+    assert f"{file} (environments.dev): train.epchs: unknown key, did you mean 'epochs'?" in message
+    assert f"{file} (environments.prod): ran: unknown key, did you mean 'rank'?" in message
+    assert f"{file} (environments.prod): train.epochs: got -1, expected a number > 0" in message
+    assert message.count("epochs: got -1") == 1
+
+
+@pytest.mark.parametrize(
+    ("environments", "says"),
+    [
+        (["dev"], "environments: expected a mapping"),
+        ({1: {}}, "environments: expected a mapping"),
+        ({"dev": 3}, "environments.dev: got 3, expected a mapping of keys"),
+        ({"dev": {"environments": {"x": {}}}}, "environments: unknown key"),
+    ],
+)
+def test_environments_that_are_no_mappings_are_refused(tmp_path, environments, says):
+    (file,) = files(tmp_path, run={"environments": environments})
+    assert says in error(file=file)
+
+
+def test_a_token_is_not_named_when_files_disagree(tmp_path):
+    a, b = files(tmp_path, a={"token": "hf_first"}, b={"token": "hf_second"})
+    config = load(file=[a, b])
+    assert config.model.token.get_secret_value() == "hf_second"
+    assert config.origin.notes == (f"model.token: a secret of {b} replaces a secret of {a}",)
+
+
+def test_where_a_configuration_came_from_does_not_make_it_another_one(tmp_path):
+    (file,) = files(tmp_path, run={"train": {"epochs": 3}})
+    assert load(file=file) == load({"epochs": 3})
+    assert load(file=file).identity_hash() == load({"epochs": 3}).identity_hash()
+    assert load(file=file).model_copy(update={"train": RunConfig().train}).origin.files == (file,)
+
+
 # ------------------------------------------------------------------ frozen, secret, comparable
 
 

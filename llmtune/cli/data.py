@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llmtune.cli.app import command
-from llmtune.cli.options import Asked, Config, EvalData, Format, Json, MaybeData, Set, configured
+from llmtune.cli.options import Asked, Config, Env, EvalData, Format, Json, MaybeData, Set, configured
 from llmtune.console import quieten_libraries, speaker
 from llmtune.errors import DataError
 from llmtune.units import format_bytes
@@ -45,6 +45,7 @@ def check(
     eval_data: EvalData = None,
     format: Format = None,
     config: Config = None,
+    env: Env = None,
     settings: Set = None,
     fix: Fix = None,
     near: Near = None,
@@ -58,7 +59,7 @@ def check(
 
     format_setting = [] if format is None else [f"data.format={format}"]
     asked = Asked(data=data, model=model, eval_data=eval_data)
-    wanted = configured(asked, config, [*(settings or ()), *format_setting])
+    wanted = configured(asked, config, [*(settings or ()), *format_setting], env)
     inputs = inputs_of(wanted, None)
     report, tokenizer = _report(wanted, inputs, with_tokens=model is not None, near=near)
     _show(report, as_json)

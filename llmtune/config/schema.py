@@ -11,8 +11,19 @@ import math
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SecretStr,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
+
+from llmtune.config.origin import Origin
 
 Goal = Literal["highspeed", "quality", "bestaccuracy"]
 Method = Literal["lora", "qlora", "full"]
@@ -228,6 +239,18 @@ class RunConfig(Group):
     recover: RecoverConfig = RecoverConfig()
     monitor: MonitorConfig = MonitorConfig()
     output: OutputConfig = OutputConfig()
+    _origin: Origin = PrivateAttr(default_factory=Origin)
+
+    @property
+    def origin(self) -> Origin:
+        """Files and environment that the configuration was loaded from."""
+        return self._origin
+
+    def with_origin(self, origin: Origin) -> RunConfig:
+        """Return the same configuration with another origin."""
+        copy = self.model_copy()
+        copy._origin = origin
+        return copy
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for ``run.json`` and YAML; the access token is left out."""
