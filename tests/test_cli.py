@@ -114,6 +114,12 @@ def _files() -> None:
 BAD_INPUT = {
     "no command": (["trian"], 2, ["no such command 'trian'", "did you mean 'train'"]),
     "no option": (["train", "rows.jsonl", "--prest", "quality"], 2, ["--prest", "did you mean --preset"]),
+    "a key as an option": (["train", "rows.jsonl", "--lr", "1e-4"], 2, ["--lr", "--set train.learning_rate=VALUE"]),
+    "another toolkit's option": (
+        ["train", "rows.jsonl", "--gradient-accumulation-steps", "4"],
+        2,
+        ["--gradient-accumulation-steps", "give train.global_batch_size"],
+    ),
     "no global option": (["--bogus"], 2, ["no such option --bogus"]),
     "no value": (["train", "rows.jsonl", "--seed"], 2, ["--seed", "requires an argument"]),
     "no number": (["train", "rows.jsonl", "--seed", "x"], 2, ["--seed"]),

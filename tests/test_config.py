@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import yaml
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from llmtune.config import RunConfig, cache_dir, load_config, resolve_key, settable_keys, store_url
+from llmtune.config.aliases import ALIASES, HINTS, plain_name
+from llmtune.config.aliases import VALUES as OTHER_VALUES
 from llmtune.errors import ConfigError
 
 # One value that is not the default for every key: a new key without one fails here.
@@ -318,6 +321,146 @@ def test_resolve_key():
     assert resolve_key("columns.prompt") == "data.columns.prompt"
     with pytest.raises(ValueError, match="did you mean"):
         resolve_key("trian.epochs")
+
+
+# ------------------------------------------------------------------ names of other toolkits
+
+# What people type -> the key that it is read as; a name without one is answered with a hint.
+TYPED = {
+    "lr": "train.learning_rate",
+    "learning-rate": "train.learning_rate",
+    "Learning_Rate": "train.learning_rate",
+    "train.lr": "train.learning_rate",
+    "num_train_epochs": "train.epochs",
+    "lr_scheduler_type": "train.schedule",
+    "optim": "train.optimizer",
+    "gradient_checkpointing": "train.activation_checkpointing",
+    "weight_decay": "train.weight_decay",
+    "warmup_ratio": "train.warmup_ratio",
+    "max_grad_norm": "train.max_grad_norm",
+    "packing": "train.packing",
+    "seed": "train.seed",
+    "max_steps": "train.max_steps",
+    "lora_r": "adapter.rank",
+    "lora_rank": "adapter.rank",
+    "r": "adapter.rank",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "target_modules": "adapter.targets",
+    "lora_target_modules": "adapter.targets",
+    "max_seq_length": "data.max_length",
+    "max_seq_len": "data.max_length",
+    "cutoff_len": "data.max_length",
+    "dataset": "data.path",
+    "model_name": "model.id",
+    "model_name_or_path": "model.id",
+    "output_dir": "output.dir",
+    "eval_steps": "evaluate.every_steps",
+    "save_steps": "save.every_steps",
+    "early_stopping_patience": "evaluate.patience",
+    "batch_size": None,
+    "per_device_train_batch_size": None,
+    "gradient_accumulation_steps": None,
+    "warmup_steps": None,
+    "save_total_limit": None,
+    "logging_steps": None,
+    "bf16": None,
+    "fp16": None,
+    "load_in_4bit": None,
+    "load_in_8bit": None,
+    "neftune_noise_alpha": None,
+    "adam": None,
+    "adamw": None,
+    "sgd": None,
+}
+
+
+@pytest.mark.parametrize("name", TYPED)
+def test_names_that_people_type(name):
+    key = TYPED[name]
+    if key is not None:
+        assert resolve_key(name) == key
+        return
+    hint = HINTS[name]
+    message = error(settings=[f"{name}=1"])
+    assert message.rstrip(".") == f"--set: {name}: is not a key of llmtune; {hint}"
+    group = error(settings=[f"train.{name}=1"])
+    assert hint in group
+    assert "did you mean" not in message + group
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_an_alias_works_from_everywhere(name, tmp_path):
+    key = ALIASES[name].key
+    value = VALUES[key]
+    text = value if isinstance(value, str) else json.dumps(value)
+    expected = load({key: value})
+    found = {
+        "FineTuner": load({name: value}, where="FineTuner"),
+        "--set": load(settings=[f"{name}={text}"]),
+        "run.yaml": load(file=written(tmp_path, {name: value})),
+        "LLMTUNE_": load(environ={f"LLMTUNE_{name}".upper(): text}),
+        "LLMTUNE_GROUP": load(environ={f"LLMTUNE_{key.split('.')[0]}_{name}".upper(): text}),
+        "group": load({f"{key.split('.')[0]}.{name}": value}),
+    }
+    for source, config in found.items():
+        assert config == expected, source
+        (note,) = config.origin.notes
+        assert f"is read as {key}" in note
+        assert note.endswith(ALIASES[name].remark)
+    with pytest.raises(ConfigError, match=f"did you mean '{re.escape(key)}'"):
+        load({("data" if key.startswith("adapter") else "adapter") + f".{name}": value})
+
+
+@pytest.mark.parametrize("name", HINTS)
+def test_a_hint_names_keys_that_exist_and_nothing_else(name, tmp_path):
+    for message in (
+        error({name: 1}),
+        error(settings=[f"{name}=1"]),
+        error(file=written(tmp_path, {name: 1})),
+        error(environ={f"LLMTUNE_{name}".upper(): "1"}),
+    ):
+        assert HINTS[name] in message
+        assert "unknown key" not in message
+    for key in re.findall(r"\b(?:" + "|".join(RunConfig.model_fields) + r")\.[a-z_.]*[a-z_]", HINTS[name]):
+        assert resolve_key(key) == key
+
+
+def test_names_of_other_toolkits_hide_no_key_of_ours():
+    ours = {*RunConfig.model_fields, *(key.split(".")[1] for key in settable_keys())}
+    assert not ours & {*ALIASES, *HINTS}
+    assert not ALIASES.keys() & HINTS.keys()
+    assert {alias.key for alias in ALIASES.values()} <= settable_keys().keys()
+    assert all(plain_name(name) == name for name in [*ALIASES, *HINTS])
+
+
+def test_a_typing_mistake_in_another_toolkits_name_gets_its_hint():
+    assert "did you mean 'adapter.rank'?" in error(settings=["lora_rnak=1"])
+    assert HINTS["gradient_accumulation_steps"] in error(settings=["gradient_accumulation_step=1"])
+
+
+def test_a_limit_of_the_length_says_what_it_does_not_do():
+    (note,) = load({"max_seq_length": 512}).origin.notes
+    assert note == (
+        "command line: max_seq_length is read as data.max_length; rows that are longer are refused, unless "
+        "data.too_long says how they are cut or dropped"
+    )
+
+
+def test_values_by_other_names():
+    for key, names in OTHER_VALUES.items():
+        for name, value in names.items():
+            config = load({key: name})
+            assert value_of(config, key) == value
+            (note,) = config.origin.notes
+            assert f"{key}: {name} is read as {value}" in note
+            assert config.identity_hash() == load({key: value}).identity_hash()
+    assert load({"optimizer": "AdamW"}).train.optimizer == "adamw_torch_fused"
+    assert load({"optimizer": "SGD"}).train.optimizer == "sgd"
+    assert load({"precision": "BF16"}).train.precision == "bf16"
+    (note,) = load({"optimizer": "adam"}).origin.notes
+    assert note.endswith("transformers has no Adam with the weight decay in the gradient")
+    assert load({"optimizer": "adamw"}, settings=["optimizer=sgd"]).origin.notes == ()
 
 
 # ------------------------------------------------------------------ several files, and environments in them

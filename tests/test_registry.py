@@ -18,6 +18,7 @@ from transformers.training_args import OptimizerNames
 from tuning import ROWS, SignalAt, evaluations, history, losses, tune, weights
 
 from llmtune import FineTuner
+from llmtune.config.aliases import VALUES
 from llmtune.errors import ConfigError, OutputError, Preempted
 from llmtune.planning import Plan, make_plan
 from llmtune.planning.signatures import load, schedule_refusal
@@ -154,6 +155,15 @@ def test_what_cannot_be_used_leaves_nothing_behind(
         tune(family_model("llama"), run, **settings)
     assert refused.value.exit_code == 2
     assert not run.parent.exists()
+
+
+def test_other_names_of_optimizers_and_schedules_are_names_that_exist() -> None:
+    assert set(VALUES["train.optimizer"].values()) <= set(OPTIMIZERS)
+    assert not set(VALUES["train.optimizer"]) & set(OPTIMIZERS)
+    assert set(VALUES["train.schedule"].values()) <= set(SCHEDULES)
+    assert not set(VALUES["train.schedule"]) & set(SCHEDULES)
+    for name in ("adamw", "adam", "sgd", "lion", "adafactor", "adamw_8bit"):
+        assert planned("builtin:tiny", hardware=machine(), optimizer=name).optimizer.value in RUNNABLE
 
 
 # ------------------------------------------------------------------ schedules

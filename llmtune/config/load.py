@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import SecretStr, ValidationError
 
-from llmtune.config.keys import is_text, resolve_key, settable_keys
+from llmtune.config.aliases import ALIASES, HINTS, REMARKS, VALUES, plain_name
+from llmtune.config.keys import is_text, read_key, resolve_key, settable_keys
 from llmtune.config.origin import Origin
 from llmtune.config.schema import RunConfig, SourceConfig
 from llmtune.errors import ConfigError, did_you_mean
@@ -45,6 +46,7 @@ class _Gathered:
 
     settings: dict[str, _Setting] = field(default_factory=dict)
     problems: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what was read as something else
     of_files: dict[str, list[_Setting]] = field(default_factory=dict)  # what each file said of a key, in their order
 
     def add_layer(self, layer: Layer) -> None:
@@ -65,6 +67,18 @@ class _Gathered:
             return RunConfig.model_validate(self.tree()), []
         except ValidationError as error:
             return None, [(self.source_of(item["loc"]), _sentence(item)) for item in error.errors()]
+
+    def readings(self) -> list[str]:
+        """Return one sentence for each name that was read as another one."""
+        notes = list(self.notes)
+        for key, names in VALUES.items():
+            given = self.settings.get(key)
+            if given is None or not isinstance(given.value, str) or (name := plain_name(given.value)) not in names:
+                continue
+            remark = REMARKS.get((key, name))
+            said = f"{given.where}: {key}: {given.value} is read as {names[name]}"
+            notes.append(f"{said}; {remark}" if remark else said)
+        return notes
 
     def disagreements(self) -> list[str]:
         """Return one sentence for each key that is taken from one file and has another value in an earlier one."""
@@ -90,13 +104,15 @@ class _Gathered:
         seen: set[str] = set()
         for key, value in given:
             try:
-                full = resolve_key(key)
+                full, alias = read_key(key)
             except ValueError as error:
                 self.problems.append((where, str(error)))
                 continue
             if full in seen and not is_source_text:  # a repeated flag is a correction, a repeated key a mistake
                 self.problems.append((where, f"{full}: is given twice"))
             seen.add(full)
+            if alias is not None:
+                self.notes.append(f"{where}: {key} is read as {full}" + (f"; {alias.remark}" if alias.remark else ""))
             if is_source_text:
                 value = value if is_text(full) else parse_value(value)
             for entry in [known for known in self.settings if known.startswith(full + ".")]:
@@ -171,7 +187,7 @@ def load_config(
     if config is None or gathered.problems:
         raise _error(gathered.problems)
     return config.with_origin(
-        Origin(files=tuple(map(str, files)), env=env or None, notes=tuple(gathered.disagreements()))
+        Origin(files=tuple(map(str, files)), env=env or None, notes=(*gathered.readings(), *gathered.disagreements()))
     )
 
 
@@ -195,7 +211,10 @@ def _from_environment(environ: Mapping[str, str]) -> list[tuple[str, str, str]]:
         key = name.removeprefix(ENVIRONMENT_PREFIX).lower()
         group, _, leaf = key.partition("_")
         full = f"{group}.{leaf}"
-        found.append((name, full if full in settable_keys() else key, text))
+        is_full = full in settable_keys() or (
+            group in RunConfig.model_fields and leaf in (ALIASES.keys() | HINTS.keys())
+        )
+        found.append((name, full if is_full and key not in ALIASES else key, text))
     return found
 
 

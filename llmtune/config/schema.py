@@ -23,6 +23,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from llmtune.config.aliases import value_of
 from llmtune.config.origin import Origin
 
 Goal = Literal["highspeed", "quality", "bestaccuracy"]
@@ -160,6 +161,12 @@ class TrainConfig(Group):
     num_workers: Annotated[int, Field(ge=0)] | None = Field(None, description="data loader processes")
     threads: Positive | None = Field(None, description="CPU threads of one process")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(42, description="of order, split, dropout, initialisation")
+
+    @field_validator("optimizer", "schedule", "precision", mode="before")
+    @classmethod
+    def _by_other_names(cls, value: Any, info: ValidationInfo) -> Any:
+        """``AdamW`` for ``adamw_torch_fused``; see `llmtune.config.aliases`."""
+        return value_of(f"train.{info.field_name}", value) if isinstance(value, str) else value
 
 
 class AdapterConfig(Group):
