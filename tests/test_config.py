@@ -221,6 +221,70 @@ def test_switches_and_lists():
     assert load(settings=["epochs=null"]).train.epochs is None
 
 
+SWITCHED_OFF = {
+    "data.max_length": None,
+    "data.eval_fraction": 0.0,
+    "train.warmup_ratio": 0.0,
+    "train.weight_decay": 0.0,
+    "train.num_workers": 0,
+    "adapter.dropout": 0.0,
+    "evaluate.patience": 0,
+    "evaluate.min_delta": 0.0,
+    "evaluate.num_samples": 0,
+    "recover.resume": "never",
+    "recover.restarts": 0,
+    "recover.skip_budget": 0,
+    "recover.rollback_budget": 0,
+    "monitor.report_to": [],
+    "monitor.report": False,
+    "evaluate.base": False,
+    "train.packing": False,
+    "train.probe": False,
+}
+
+
+@pytest.mark.parametrize("key", SWITCHED_OFF)
+@pytest.mark.parametrize("off", ["off", "no", "false", "OFF"])
+def test_off_switches_off(key, off, tmp_path):
+    group, leaf = key.split(".")
+    sources = [
+        load(settings=[f"{key}={off}"]),
+        load({key: off}),
+        load({key: False}),
+        load(file=written(tmp_path, f"{group}: {{{leaf}: {off}}}\n")),
+        load(environ={f"LLMTUNE_{group}_{leaf}".upper(): off}),
+    ]
+    assert [value_of(config, key) for config in sources] == [SWITCHED_OFF[key]] * len(sources)
+
+
+@pytest.mark.parametrize("value", ["0", "off", "none", "false"])
+def test_patience_can_be_switched_off_and_stays_a_number_otherwise(value):
+    assert load(settings=[f"evaluate.patience={value}"]).evaluate.patience == 0
+    assert load(settings=[f"evaluate.patience={value}", "patience=4"]).evaluate.patience == 4
+    assert load(settings=["patience=auto"]).evaluate.patience is None
+    assert "evaluate.patience: got True, expected a number" in error(settings=["patience=on"])
+    assert "evaluate.patience: got -1, expected an integer >= 0" in error(settings=["patience=-1"])
+
+
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [
+        ("evaluate.every_steps", "an integer >= 1; data.eval_fraction=0 trains without evaluations"),
+        ("save.every_steps", "an integer >= 1; checkpoints are what a stopped run continues from"),
+        ("save.keep", "an integer >= 2; checkpoints are what a stopped run continues from"),
+        ("train.max_grad_norm", "a number > 0; 1e9 never clips"),
+        ("train.checkpoint_every", "train.activation_checkpointing=false recomputes no layer"),
+        ("recover.hang_seconds", "a number > 0; 1e9 never counts a step as hung"),
+        ("recover.spike_threshold", "a number > 0; 1e9 never counts an update as a spike"),
+    ],
+)
+@pytest.mark.parametrize("off", ["off", "none", "0"])
+def test_what_cannot_be_switched_off_says_what_to_do(key, says, off):
+    message = error(settings=[f"{key}={off}"])
+    assert message.startswith(f"--set: {key}: got ")
+    assert f"expected {says}" in message or says in message
+
+
 def test_a_value_may_hold_an_equals_sign():
     assert load(settings=["data.path=a=b.jsonl"]).data.path == "a=b.jsonl"
 
