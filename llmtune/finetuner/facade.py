@@ -127,8 +127,9 @@ class FineTuner:
         report = rows.check_data(inputs)
         report.raise_if_bad(self.config.data.on_bad_row)
         speaker.say(f"data: {report.rows:,} rows, {report.format} ({report.reason})")
+        machine = ranks.from_main(machine)
+        model = facts.model_of(self.config, machine, inputs, download=True)  # by the facts that `plan` chooses by
         machine = ranks.from_main(facts.measured(self.config, machine) if ranks.is_main else machine)
-        model = facts.model_of(self.config, machine, inputs, download=True)
         with ranks.main_first():  # the main process tokenises, the others map its files
             data = facts.data_of(self.config, model, inputs)
         report = rows.full_report(report, data)
@@ -137,6 +138,7 @@ class FineTuner:
         plan = ranks.from_main(make_plan(request) if ranks.is_main else None)
         assert plan is not None
         plan.require_fit()
+        plan.require_room_to_download()
         if request.correction.basis == "runs":
             speaker.say(f"predictions: {request.correction.reason}")
         run, continued = self._open_run(ranks, self._identity(model, data), inputs.name, request, plan)

@@ -96,6 +96,7 @@ def _decide(request: PlanRequest, *, alternatives: bool = False) -> Plan:
         time=time,
         disk_bytes=(request.config.save.keep + 2) * save_bytes + 4 * trainable,
         disk_free_bytes=request.hardware.disk_free_bytes,
+        download=request.download,
         fits=memory.fits,
         closest=(),
         notices=(),
