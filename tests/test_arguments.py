@@ -10,12 +10,10 @@ from typing import Any
 import pytest
 from factories import save_family_model
 from transformers import TrainerCallback
-from transformers.training_args import OptimizerNames
 from tuning import losses, tune
 
 from llmtune.config import load_config
 from llmtune.planning import Choice, Plan
-from llmtune.planning.checks import OPTIMIZERS
 from llmtune.training.arguments import training_arguments
 
 LAYERS = 5
@@ -80,10 +78,6 @@ def test_every_choice_reaches_the_trainer(model: Path, tmp_path: Path) -> None:
     for pinned in (True, False):
         assert arguments(device="cuda:0", pin_memory=pinned).dataloader_pin_memory is pinned
     assert (arguments(compile=True).torch_compile, arguments().torch_compile) == (True, False)
-
-
-def test_every_optimizer_that_transformers_has_can_be_asked_for() -> None:
-    assert {str(kind.value) for kind in OptimizerNames} == OPTIMIZERS
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_bnb_8bit", "adamw_torch_fused"])

@@ -117,6 +117,14 @@ def test_without_held_out_rows_there_are_no_more_than_three_epochs():
 # ------------------------------------------------------------------ evaluations, saves and the machine
 
 
+def test_early_stopping_can_be_switched_off():
+    off = planned(patience="off").patience
+    assert (off.value, off.source) == (None, "user")
+    assert off.reason == "you set evaluate.patience=off: the run goes to its end"
+    assert planned(patience=5).patience.value == 5
+    assert planned().patience.value == 3
+
+
 def test_a_large_evaluation_set_is_evaluated_less_often():
     few, many = planned(eval_rows=100), planned(eval_rows=50_000)
     assert few.evaluate_every_steps.value < many.evaluate_every_steps.value
@@ -167,7 +175,7 @@ def test_small_optimizers_only_where_memory_asks():
 
 def test_paged_optimizers_and_offload_need_a_device_of_their_own():
     (paged,) = problems(hardware=machine(), optimizer="paged_adamw_8bit")
-    assert paged.endswith("only CUDA moves pages between device and host; expected adamw_bnb_8bit")
+    assert paged.endswith("which needs an NVIDIA or AMD GPU (CUDA); expected adamw_bnb_8bit")
     (offload,) = problems(hardware=machine(), activation_offload=True)
     assert "no memory beside that of the cpu" in offload
     assert planned(optimizer="paged_adamw_8bit").optimizer.value == "paged_adamw_8bit"

@@ -107,12 +107,19 @@ def _files() -> None:
     Path("mixed.jsonl").write_text(GOOD + CHAT)
     Path("file").touch()
     Path("folder").mkdir()
+    Path("good.yaml").write_text("environments: {dev: {epochs: 1}, prod: {epochs: 3}}\n")
     Path("bad.yaml").write_text("train: {learing_rate: 1.0e-4}\ndata: {max_length: -1}\n")
 
 
 BAD_INPUT = {
     "no command": (["trian"], 2, ["no such command 'trian'", "did you mean 'train'"]),
     "no option": (["train", "rows.jsonl", "--prest", "quality"], 2, ["--prest", "did you mean --preset"]),
+    "a key as an option": (["train", "rows.jsonl", "--lr", "1e-4"], 2, ["--lr", "--set train.learning_rate=VALUE"]),
+    "another toolkit's option": (
+        ["train", "rows.jsonl", "--gradient-accumulation-steps", "4"],
+        2,
+        ["--gradient-accumulation-steps", "give train.global_batch_size"],
+    ),
     "no global option": (["--bogus"], 2, ["no such option --bogus"]),
     "no value": (["train", "rows.jsonl", "--seed"], 2, ["--seed", "requires an argument"]),
     "no number": (["train", "rows.jsonl", "--seed", "x"], 2, ["--seed"]),
@@ -139,6 +146,12 @@ BAD_INPUT = {
         ["bad.yaml", "did you mean 'learning_rate'", "data.max_length: got -1"],
     ),
     "no config file": (["train", "--config", "no.yaml"], 2, ["no.yaml", "no such file"]),
+    "no environment": (
+        ["train", "rows.jsonl", "--config", "good.yaml", "--env", "prd"],
+        2,
+        ["--env: got 'prd'", "expected dev or prod", "did you mean 'prod'"],
+    ),
+    "no environments": (["plan", "rows.jsonl", "--env", "dev"], 2, ["--env: got 'dev'", "--config"]),
     "no hardware file": (["plan", "rows.jsonl", "--hardware", "no.json"], 2, ["no.json", "llmtune doctor --json"]),
     "unknown run": (["show", "orders-tiny"], 2, ["no run 'orders-tiny'", "llmtune runs"]),
     "folder without run": (["resume", "folder"], 2, ["no run 'folder'", "no run.json"]),
@@ -159,6 +172,26 @@ def test_bad_input(case, capsys):
     assert main(arguments) == code
     _is_one_message(capsys.readouterr().err, fragments)
     assert sorted(os.listdir()) == before
+
+
+def test_every_command_with_a_configuration_takes_several_and_an_environment():
+    group = commands()
+    taking = {
+        name: {option: one for one in command.params for option in one.opts}
+        for name, command in group.commands.items()
+        if any("--config" in one.opts for one in command.params)
+    }
+    assert taking.keys() >= {"train", "plan", "check", "preview", "study", "verify-resume"}
+    assert all(options["--config"].multiple and "--env" in options for options in taking.values())
+
+
+def test_the_file_that_decided_is_named(rows, capsys):
+    Path("a.yaml").write_text("data: {path: rows.jsonl, format: chat}\nenvironments: {dev: {format: alpaca}}\n")
+    Path("b.yaml").write_text("data: {format: prompt_completion}\n")
+    assert main(["check", "--config", "a.yaml", "--config", "b.yaml", "--env", "dev"]) == 0
+    said = capsys.readouterr().err
+    chain = "prompt_completion of b.yaml replaces alpaca of a.yaml (environments.dev) and chat of a.yaml"
+    assert f"data.format: {chain}" in said
 
 
 SLOW_BAD_INPUT = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import yaml
@@ -11,6 +12,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from llmtune.config import RunConfig, cache_dir, load_config, resolve_key, settable_keys, store_url
+from llmtune.config.aliases import ALIASES, HINTS, plain_name
+from llmtune.config.aliases import VALUES as OTHER_VALUES
 from llmtune.errors import ConfigError
 
 # One value that is not the default for every key: a new key without one fails here.
@@ -38,9 +41,11 @@ VALUES = {
     "train.max_steps": 10,
     "train.learning_rate": 1e-4,
     "train.schedule": "linear",
+    "train.schedule_arguments": {"power": 2.0},
     "train.warmup_ratio": 0.1,
     "train.weight_decay": 0.01,
     "train.optimizer": "adamw_torch",
+    "train.optimizer_arguments": {"eps": 1e-6},
     "train.max_grad_norm": 0.3,
     "train.global_batch_size": 32,
     "train.micro_batch_size": 4,
@@ -217,6 +222,70 @@ def test_switches_and_lists():
     assert load(settings=["epochs=null"]).train.epochs is None
 
 
+SWITCHED_OFF = {
+    "data.max_length": None,
+    "data.eval_fraction": 0.0,
+    "train.warmup_ratio": 0.0,
+    "train.weight_decay": 0.0,
+    "train.num_workers": 0,
+    "adapter.dropout": 0.0,
+    "evaluate.patience": 0,
+    "evaluate.min_delta": 0.0,
+    "evaluate.num_samples": 0,
+    "recover.resume": "never",
+    "recover.restarts": 0,
+    "recover.skip_budget": 0,
+    "recover.rollback_budget": 0,
+    "monitor.report_to": [],
+    "monitor.report": False,
+    "evaluate.base": False,
+    "train.packing": False,
+    "train.probe": False,
+}
+
+
+@pytest.mark.parametrize("key", SWITCHED_OFF)
+@pytest.mark.parametrize("off", ["off", "no", "false", "OFF"])
+def test_off_switches_off(key, off, tmp_path):
+    group, leaf = key.split(".")
+    sources = [
+        load(settings=[f"{key}={off}"]),
+        load({key: off}),
+        load({key: False}),
+        load(file=written(tmp_path, f"{group}: {{{leaf}: {off}}}\n")),
+        load(environ={f"LLMTUNE_{group}_{leaf}".upper(): off}),
+    ]
+    assert [value_of(config, key) for config in sources] == [SWITCHED_OFF[key]] * len(sources)
+
+
+@pytest.mark.parametrize("value", ["0", "off", "none", "false"])
+def test_patience_can_be_switched_off_and_stays_a_number_otherwise(value):
+    assert load(settings=[f"evaluate.patience={value}"]).evaluate.patience == 0
+    assert load(settings=[f"evaluate.patience={value}", "patience=4"]).evaluate.patience == 4
+    assert load(settings=["patience=auto"]).evaluate.patience is None
+    assert "evaluate.patience: got True, expected a number" in error(settings=["patience=on"])
+    assert "evaluate.patience: got -1, expected an integer >= 0" in error(settings=["patience=-1"])
+
+
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [
+        ("evaluate.every_steps", "an integer >= 1; data.eval_fraction=0 trains without evaluations"),
+        ("save.every_steps", "an integer >= 1; checkpoints are what a stopped run continues from"),
+        ("save.keep", "an integer >= 2; checkpoints are what a stopped run continues from"),
+        ("train.max_grad_norm", "a number > 0; 1e9 never clips"),
+        ("train.checkpoint_every", "train.activation_checkpointing=false recomputes no layer"),
+        ("recover.hang_seconds", "a number > 0; 1e9 never counts a step as hung"),
+        ("recover.spike_threshold", "a number > 0; 1e9 never counts an update as a spike"),
+    ],
+)
+@pytest.mark.parametrize("off", ["off", "none", "0"])
+def test_what_cannot_be_switched_off_says_what_to_do(key, says, off):
+    message = error(settings=[f"{key}={off}"])
+    assert message.startswith(f"--set: {key}: got ")
+    assert f"expected {says}" in message or says in message
+
+
 def test_a_value_may_hold_an_equals_sign():
     assert load(settings=["data.path=a=b.jsonl"]).data.path == "a=b.jsonl"
 
@@ -317,6 +386,254 @@ def test_resolve_key():
     assert resolve_key("columns.prompt") == "data.columns.prompt"
     with pytest.raises(ValueError, match="did you mean"):
         resolve_key("trian.epochs")
+
+
+# ------------------------------------------------------------------ names of other toolkits
+
+# What people type -> the key that it is read as; a name without one is answered with a hint.
+TYPED = {
+    "lr": "train.learning_rate",
+    "learning-rate": "train.learning_rate",
+    "Learning_Rate": "train.learning_rate",
+    "train.lr": "train.learning_rate",
+    "num_train_epochs": "train.epochs",
+    "lr_scheduler_type": "train.schedule",
+    "optim": "train.optimizer",
+    "gradient_checkpointing": "train.activation_checkpointing",
+    "weight_decay": "train.weight_decay",
+    "warmup_ratio": "train.warmup_ratio",
+    "max_grad_norm": "train.max_grad_norm",
+    "packing": "train.packing",
+    "seed": "train.seed",
+    "max_steps": "train.max_steps",
+    "lora_r": "adapter.rank",
+    "lora_rank": "adapter.rank",
+    "r": "adapter.rank",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "target_modules": "adapter.targets",
+    "lora_target_modules": "adapter.targets",
+    "max_seq_length": "data.max_length",
+    "max_seq_len": "data.max_length",
+    "cutoff_len": "data.max_length",
+    "dataset": "data.path",
+    "model_name": "model.id",
+    "model_name_or_path": "model.id",
+    "output_dir": "output.dir",
+    "eval_steps": "evaluate.every_steps",
+    "save_steps": "save.every_steps",
+    "early_stopping_patience": "evaluate.patience",
+    "batch_size": None,
+    "per_device_train_batch_size": None,
+    "gradient_accumulation_steps": None,
+    "warmup_steps": None,
+    "save_total_limit": None,
+    "logging_steps": None,
+    "bf16": None,
+    "fp16": None,
+    "load_in_4bit": None,
+    "load_in_8bit": None,
+    "neftune_noise_alpha": None,
+    "adam": None,
+    "adamw": None,
+    "sgd": None,
+}
+
+
+@pytest.mark.parametrize("name", TYPED)
+def test_names_that_people_type(name):
+    key = TYPED[name]
+    if key is not None:
+        assert resolve_key(name) == key
+        return
+    hint = HINTS[name]
+    message = error(settings=[f"{name}=1"])
+    assert message.rstrip(".") == f"--set: {name}: is not a key of llmtune; {hint}"
+    group = error(settings=[f"train.{name}=1"])
+    assert hint in group
+    assert "did you mean" not in message + group
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_an_alias_works_from_everywhere(name, tmp_path):
+    key = ALIASES[name].key
+    value = VALUES[key]
+    text = value if isinstance(value, str) else json.dumps(value)
+    expected = load({key: value})
+    found = {
+        "FineTuner": load({name: value}, where="FineTuner"),
+        "--set": load(settings=[f"{name}={text}"]),
+        "run.yaml": load(file=written(tmp_path, {name: value})),
+        "LLMTUNE_": load(environ={f"LLMTUNE_{name}".upper(): text}),
+        "LLMTUNE_GROUP": load(environ={f"LLMTUNE_{key.split('.')[0]}_{name}".upper(): text}),
+        "group": load({f"{key.split('.')[0]}.{name}": value}),
+    }
+    for source, config in found.items():
+        assert config == expected, source
+        (note,) = config.origin.notes
+        assert f"is read as {key}" in note
+        assert note.endswith(ALIASES[name].remark)
+    with pytest.raises(ConfigError, match=f"did you mean '{re.escape(key)}'"):
+        load({("data" if key.startswith("adapter") else "adapter") + f".{name}": value})
+
+
+@pytest.mark.parametrize("name", HINTS)
+def test_a_hint_names_keys_that_exist_and_nothing_else(name, tmp_path):
+    for message in (
+        error({name: 1}),
+        error(settings=[f"{name}=1"]),
+        error(file=written(tmp_path, {name: 1})),
+        error(environ={f"LLMTUNE_{name}".upper(): "1"}),
+    ):
+        assert HINTS[name] in message
+        assert "unknown key" not in message
+    for key in re.findall(r"\b(?:" + "|".join(RunConfig.model_fields) + r")\.[a-z_.]*[a-z_]", HINTS[name]):
+        assert resolve_key(key) == key
+
+
+def test_names_of_other_toolkits_hide_no_key_of_ours():
+    ours = {*RunConfig.model_fields, *(key.split(".")[1] for key in settable_keys())}
+    assert not ours & {*ALIASES, *HINTS}
+    assert not ALIASES.keys() & HINTS.keys()
+    assert {alias.key for alias in ALIASES.values()} <= settable_keys().keys()
+    assert all(plain_name(name) == name for name in [*ALIASES, *HINTS])
+
+
+def test_a_typing_mistake_in_another_toolkits_name_gets_its_hint():
+    assert "did you mean 'adapter.rank'?" in error(settings=["lora_rnak=1"])
+    assert HINTS["gradient_accumulation_steps"] in error(settings=["gradient_accumulation_step=1"])
+
+
+def test_a_limit_of_the_length_says_what_it_does_not_do():
+    (note,) = load({"max_seq_length": 512}).origin.notes
+    assert note == (
+        "command line: max_seq_length is read as data.max_length; rows that are longer are refused, unless "
+        "data.too_long says how they are cut or dropped"
+    )
+
+
+def test_values_by_other_names():
+    for key, names in OTHER_VALUES.items():
+        for name, value in names.items():
+            config = load({key: name})
+            assert value_of(config, key) == value
+            (note,) = config.origin.notes
+            assert f"{key}: {name} is read as {value}" in note
+            assert config.identity_hash() == load({key: value}).identity_hash()
+    assert load({"optimizer": "AdamW"}).train.optimizer == "adamw_torch_fused"
+    assert load({"optimizer": "SGD"}).train.optimizer == "sgd"
+    assert load({"precision": "BF16"}).train.precision == "bf16"
+    (note,) = load({"optimizer": "adam"}).origin.notes
+    assert note.endswith("transformers has no Adam with the weight decay in the gradient")
+    assert load({"optimizer": "adamw"}, settings=["optimizer=sgd"]).origin.notes == ()
+
+
+# ------------------------------------------------------------------ several files, and environments in them
+
+
+def files(tmp_path, **documents) -> list[str]:
+    paths = []
+    for name, document in documents.items():
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(document))
+        paths.append(str(path))
+    return paths
+
+
+def test_later_files_win_and_say_so(tmp_path):
+    a, b, c = files(
+        tmp_path,
+        a={"train": {"epochs": 1, "seed": 7}, "adapter": {"rank": 8}},
+        b={"epochs": 3, "rank": 8, "learning_rate": 1e-4},
+        c={"train": {"epochs": 4}},
+    )
+    config = load(file=[a, b])
+    assert (config.train.epochs, config.train.seed, config.adapter.rank) == (3, 7, 8)
+    assert config.train.learning_rate == 1e-4
+    assert config.origin.files == (a, b)
+    assert config.origin.notes == (f"train.epochs: 3 of {b} replaces 1 of {a}",)
+    assert load(file=[a, b, c]).origin.notes == (f"train.epochs: 4 of {c} replaces 3 of {b} and 1 of {a}",)
+    assert load(file=[b, a]).train.epochs == 1
+    decided_elsewhere = load({"epochs": 9}, file=[a, b])
+    assert (decided_elsewhere.train.epochs, decided_elsewhere.origin.notes) == (9, ())
+
+
+def test_files_and_flags_keep_their_order_of_precedence(tmp_path):
+    a, b = files(tmp_path, a={"epochs": 1, "environments": {"dev": {"epochs": 2}}}, b={"epochs": 3})
+    environ = {"LLMTUNE_EPOCHS": "9", "LLMTUNE_SEED": "5"}
+    assert load(file=a, environ=environ).train.epochs == 1
+    assert load(file=a, env="dev", environ=environ).train.epochs == 2
+    assert load(file=[a, b], env="dev", environ=environ).train.epochs == 3
+    assert load(file=[b, a], env="dev", environ=environ).train.epochs == 2
+    assert load(file=a, env="dev", environ=environ, settings=["epochs=4"]).train.epochs == 4
+    assert load(file=a, env="dev", environ=environ).train.seed == 5
+
+
+ENVIRONMENTS = {
+    "train": {"epochs": 3, "seed": 1},
+    "environments": {"dev": {"train": {"epochs": 1}, "max_steps": 5}, "test": None, "prod": {"rank": 64}},
+}
+
+
+def test_an_environment_is_put_on_top_of_its_file(tmp_path):
+    (file,) = files(tmp_path, run=ENVIRONMENTS)
+    plain, dev, test = (load(file=file, env=env) for env in (None, "dev", "test"))
+    assert (plain.train.epochs, plain.train.max_steps, plain.adapter.rank) == (3, None, None)
+    assert (dev.train.epochs, dev.train.max_steps, dev.train.seed) == (1, 5, 1)
+    assert dev.origin.notes == (f"train.epochs: 1 of {file} (environments.dev) replaces 3 of {file}",)
+    assert test == plain
+    assert (plain.origin.env, dev.origin.env) == (None, "dev")
+    assert load(file=file, environ={"LLMTUNE_ENV": "prod"}).adapter.rank == 64
+    assert load(file=file, env="dev", environ={"LLMTUNE_ENV": "prod"}).adapter.rank is None
+
+
+def test_an_environment_that_does_not_exist_is_an_error(tmp_path):
+    file, without = files(tmp_path, run=ENVIRONMENTS, without={"epochs": 1})
+    assert error(file=file, env="prd") == "--env: got 'prd', expected dev or prod or test, did you mean 'prod'?"
+    assert error(file=file, environ={"LLMTUNE_ENV": "x"}) == "LLMTUNE_ENV: got 'x', expected dev or prod or test."
+    assert f"{without} has no `environments`" in error(file=without, env="dev")
+    assert "no configuration file was given" in error(env="dev")
+    assert load(environ={"LLMTUNE_ENV": "dev"}) == RunConfig()  # without files there is nothing to choose from
+    assert load(file=[without, file], env="dev").train.max_steps == 5
+
+
+@pytest.mark.parametrize("env", [None, "dev", "prod"])
+def test_every_environment_is_checked_whichever_is_chosen(tmp_path, env):
+    wrong = {"dev": {"train": {"epchs": 1}}, "prod": {"ran": 8, "epochs": -1}}
+    (file,) = files(tmp_path, run={"environments": wrong})
+    message = error(file=file, env=env)
+    assert f"{file} (environments.dev): train.epchs: unknown key, did you mean 'epochs'?" in message
+    assert f"{file} (environments.prod): ran: unknown key, did you mean 'rank'?" in message
+    assert f"{file} (environments.prod): train.epochs: got -1, expected a number > 0" in message
+    assert message.count("epochs: got -1") == 1
+
+
+@pytest.mark.parametrize(
+    ("environments", "says"),
+    [
+        (["dev"], "environments: expected a mapping"),
+        ({1: {}}, "environments: expected a mapping"),
+        ({"dev": 3}, "environments.dev: got 3, expected a mapping of keys"),
+        ({"dev": {"environments": {"x": {}}}}, "environments: unknown key"),
+    ],
+)
+def test_environments_that_are_no_mappings_are_refused(tmp_path, environments, says):
+    (file,) = files(tmp_path, run={"environments": environments})
+    assert says in error(file=file)
+
+
+def test_a_token_is_not_named_when_files_disagree(tmp_path):
+    a, b = files(tmp_path, a={"token": "hf_first"}, b={"token": "hf_second"})
+    config = load(file=[a, b])
+    assert config.model.token.get_secret_value() == "hf_second"
+    assert config.origin.notes == (f"model.token: a secret of {b} replaces a secret of {a}",)
+
+
+def test_where_a_configuration_came_from_does_not_make_it_another_one(tmp_path):
+    (file,) = files(tmp_path, run={"train": {"epochs": 3}})
+    assert load(file=file) == load({"epochs": 3})
+    assert load(file=file).identity_hash() == load({"epochs": 3}).identity_hash()
+    assert load(file=file).model_copy(update={"train": RunConfig().train}).origin.files == (file,)
 
 
 # ------------------------------------------------------------------ frozen, secret, comparable

@@ -81,6 +81,19 @@ def test_the_same_command_finds_its_run_and_another_gets_another(
     assert FineTuner(data, **how).train().run_dir not in (first, other)  # a finished run is left alone
 
 
+def test_a_run_keeps_the_files_and_the_environment_of_its_configuration(family_model: Model, tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a.yaml", "b.yaml")]
+    paths[0].write_text("train: {seed: 3}\nsave: {keep: 5}\n")
+    paths[1].write_text("train: {seed: 4}\nenvironments: {dev: {save: {keep: 6}}}\n")
+    how = settings(family_model("llama"), tmp_path / "run", max_steps=1)
+    tuner = FineTuner(ROWS, config=paths, env="dev", **how)
+    assert (tuner.config.train.seed, tuner.config.save.keep) == (4, 6)
+    run = RunDirectory.open(tuner.train().run_dir).run
+    assert (run["config_files"], run["config_env"]) == ([str(path) for path in paths], "dev")
+    with pytest.raises(ConfigError, match="got a RunConfig and also env"):
+        FineTuner(ROWS, config=tuner.config, env="dev")
+
+
 def test_evaluate_generate_and_a_verdict(family_model: Model, tmp_path: Path) -> None:
     tuner = FineTuner(ROWS, **settings(family_model("llama"), tmp_path / "run"))
     with pytest.raises(ConfigError, match=r"call train\(\) first"):

@@ -197,6 +197,15 @@ def test_stopped_by_a_signal_and_resumed_is_bitwise_what_never_stopped(
     assert events(tmp_path / "cut", "run_started")[1]["resumed_from"] == f"checkpoints/checkpoint-{cut}"
 
 
+def test_patience_off_goes_to_the_end_where_patience_would_stop(family_model: Model, tmp_path: Path) -> None:
+    never_better = {"evaluate.every_steps": 1, "min_delta": 100.0, "max_steps": 5}
+    tune(family_model("llama"), tmp_path / "two", patience=2, **never_better)
+    assert [event["step"] for event in events(tmp_path / "two", "early_stop")] == [2]
+    tune(family_model("llama"), tmp_path / "off", patience="off", **never_better)
+    assert events(tmp_path / "off", "early_stop") == []
+    assert len(losses(tmp_path / "off")) == 5
+
+
 def test_early_stopping_counts_on_across_a_resume(family_model: Model, tmp_path: Path) -> None:
     how = {"learning_rate": 0.5, "schedule": "constant", "max_steps": 30, "patience": 3, "min_delta": 0.05}
     how["evaluate.every_steps"] = 2

@@ -9,7 +9,7 @@ import typer
 
 from llmtune.cli.app import command
 from llmtune.cli.leakage import show_leakage
-from llmtune.cli.options import Asked, Config, EvalData, Format, Json, MaybeData, Set, configured
+from llmtune.cli.options import Asked, Config, Env, EvalData, Format, Json, MaybeData, Set, configured
 from llmtune.console import quieten_libraries, speaker
 from llmtune.errors import ConfigError, DataError
 from llmtune.units import format_bytes
@@ -48,6 +48,7 @@ def check(
     eval_data: EvalData = None,
     format: Format = None,
     config: Config = None,
+    env: Env = None,
     settings: Set = None,
     fix: Fix = None,
     force: Force = False,
@@ -63,7 +64,7 @@ def check(
     _require_place(fix, data, force=force)
     format_setting = [] if format is None else [f"data.format={format}"]
     asked = Asked(data=data, model=model, eval_data=eval_data)
-    wanted = configured(asked, config, [*(settings or ()), *format_setting])
+    wanted = configured(asked, config, [*(settings or ()), *format_setting], env)
     inputs = inputs_of(wanted, None)
     tell_reading(inputs)
     report, tokenizer = _report(wanted, inputs, with_tokens=model is not None, near=near)

@@ -12,8 +12,11 @@ from llmtune.console import speaker
 from llmtune.units import format_bytes, format_count
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from llmtune.hardware import Rates
     from llmtune.presets import Preset
+    from llmtune.registry import Availability
 
 Family = Annotated[
     str | None, typer.Argument(metavar="FAMILY", help="A family such as qwen, or a preset file of your own (.yaml).")
@@ -26,13 +29,20 @@ def doctor(as_json: Json = False) -> None:
     """Show what this machine can do.
 
     Hardware, how fast it was measured to be, versions, what is usable, what is missing and the command that mends it.
+    The last table lists every optimizer, schedule and tracker, and what each of them needs.
     """
     from llmtune.config import cache_dir
-    from llmtune.hardware import diagnose
+    from llmtune.hardware import choose_device, diagnose
+    from llmtune.registry import usable_settings
 
     found = diagnose(cache=cache_dir())
+    settings = usable_settings(choose_device(found.hardware).type)
     if as_json:
-        speaker.emit(found.to_json())
+        listed = {
+            key: {name: {"available": one.available, "why": one.why} for name, one in names.items()}
+            for key, names in settings.items()
+        }
+        speaker.emit(found.to_json() | {"settings": listed})
         return
     speaker.show(found.hardware.describe())
     speaker.show(
@@ -44,10 +54,24 @@ def doctor(as_json: Json = False) -> None:
     speaker.table("Versions", ("package", "version"), list(found.versions.items()))
     usable = [(name, "yes" if item.available else "no", item.why) for name, item in found.usable.items()]
     speaker.table("Usable", ("what", "usable", "why"), usable)
+    speaker.table("Settings", ("key", "usable", "names, and what they need"), _settings(settings))
     for item in found.problems:
         speaker.show(f"! {item.problem}\n  mend: {item.fix}")
     if not found.problems:
         speaker.show("No problems found.")
+
+
+def _settings(settings: Mapping[str, Mapping[str, Availability]]) -> list[tuple[str, str, str]]:
+    """Rows of a table: names that need the same stand together."""
+    rows = []
+    for key, names in settings.items():
+        alike: dict[tuple[bool, str], list[str]] = {}
+        for name, one in names.items():
+            alike.setdefault((one.available, one.needs if one.available else one.why), []).append(name)
+        for (available, needs), listed in alike.items():
+            said = f"{', '.join(listed)}: {needs}" if needs else ", ".join(listed)
+            rows.append((key, "yes" if available else "no", said))
+    return rows
 
 
 def _rates(rates: Rates, *, on_cpu: bool) -> list[tuple[str, str]]:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from llmtune.console import speaker
+
 if TYPE_CHECKING:
     from llmtune.config import RunConfig
 
@@ -36,7 +38,16 @@ Format = Annotated[
     typer.Option("--format", metavar="NAME", help="Take the rows for this format instead of recognising it."),
 ]
 Config = Annotated[
-    str | None, typer.Option("--config", metavar="FILE", help="YAML file of the keys that --set takes too.")
+    list[str] | None,
+    typer.Option(
+        "--config",
+        metavar="FILE",
+        help="YAML file of the keys that --set takes too. May be repeated; a later file replaces an earlier one.",
+    ),
+]
+Env = Annotated[
+    str | None,
+    typer.Option("--env", metavar="NAME", help="Which of the environments: in --config to use; also LLMTUNE_ENV."),
 ]
 Set = Annotated[
     list[str] | None,
@@ -90,10 +101,11 @@ class Asked:
         return {key: value for key, value in keys.items() if value is not None}
 
 
-def configured(asked: Asked, config: str | None, settings: list[str] | None) -> RunConfig:
-    """The configuration of flags, ``--set``, ``--config`` and environment together.
+def configured(asked: Asked, config: list[str] | None, settings: list[str] | None, env: str | None = None) -> RunConfig:
+    """The configuration of flags, ``--set``, ``--config``, ``--env`` and environment together.
 
-    The data are looked for at once, so that a mistyped name is told before the seconds that torch takes to load.
+    Where files disagree, the one that decided is named. The data are looked for at once, so that a mistyped name is
+    told before the seconds that torch takes to load.
 
     Raises:
         ConfigError: Every problem at once.
@@ -102,7 +114,9 @@ def configured(asked: Asked, config: str | None, settings: list[str] | None) -> 
     from llmtune.config import load_config
     from llmtune.data import find, resolve_evaluation
 
-    wanted = load_config(asked.overrides(), settings=settings or (), file=config)
+    wanted = load_config(asked.overrides(), settings=settings or (), file=config, env=env)
+    for note in wanted.origin.notes:
+        speaker.say(note)
     if wanted.data.path is not None:
         find(wanted.data.path, text_rows=wanted.data.text_rows)
     if wanted.data.eval_path is not None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from llmtune.cli.app import command
-from llmtune.cli.options import Asked, Config, Data, Format, Json, Model, Set, configured
+from llmtune.cli.options import Asked, Config, Data, Env, Format, Json, Model, Set, configured
 from llmtune.console import quieten_libraries, speaker
 from llmtune.errors import DataError
 
@@ -43,6 +43,7 @@ def preview(
     model: Model = None,
     format: Format = None,
     config: Config = None,
+    env: Env = None,
     settings: Set = None,
     rows: Rows = 3,
     line: Line = 1,
@@ -54,7 +55,7 @@ def preview(
     Token by token, with the model's own template; exit code 3 when none of the rows can be trained on.
     """
     format_setting = [] if format is None else [f"data.format={format}"]
-    wanted = configured(Asked(data=data, model=model), config, [*(settings or ()), *format_setting])
+    wanted = configured(Asked(data=data, model=model), config, [*(settings or ()), *format_setting], env)
     model_id, found = _rows(wanted, rows=rows, line=line)
     if as_json:
         speaker.emit({"model": model_id, "supervise": wanted.data.supervise, "rows": [row.to_json() for row in found]})

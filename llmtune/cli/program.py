@@ -117,11 +117,26 @@ def _usage_error(error: typer.TyperException, group: Any) -> ConfigError:
         problem = f"no such command '{unknown[1]}'{did_you_mean(unknown[1], group.commands)}"
     elif unknown := re.match(r"No such option: (\S+)", text):
         options = [name for option in context.command.params for name in option.opts] if context else []
+        hint = _as_a_key(unknown[1]) if "--set" in options else None
         near = nearest(unknown[1], [*options, "--help"])
-        problem = f"no such option {unknown[1]}" + (f", did you mean {near}?" if near else "")
+        problem = f"no such option {unknown[1]}" + (f"; {hint}" if hint else f", did you mean {near}?" if near else "")
     else:
         problem = text[:1].lower() + text[1:]
     return ConfigError(where, [f"{problem} (see {where} --help)"])
+
+
+def _as_a_key(option: str) -> str | None:
+    """What to do with an option that is a key of the configuration, or another toolkit's name of one."""
+    from llmtune.config.aliases import HINTS, plain_name
+    from llmtune.config.load import resolve_key
+
+    name = plain_name(option.strip("-"))
+    if name in HINTS:
+        return HINTS[name]
+    try:
+        return f"give it as --set {resolve_key(name)}=VALUE"
+    except ValueError:
+        return None
 
 
 def _defect(error: Exception) -> LlmtuneError:

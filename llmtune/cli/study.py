@@ -10,6 +10,7 @@ from llmtune.cli.app import command
 from llmtune.cli.options import (
     Asked,
     Config,
+    Env,
     EvalData,
     Json,
     MaybeData,
@@ -51,6 +52,7 @@ def study(
     method: Method = None,
     eval_data: EvalData = None,
     config: Config = None,
+    env: Env = None,
     settings: Set = None,
     seed: Seed = None,
     as_json: Json = False,
@@ -66,7 +68,7 @@ def study(
 
     asked = Asked(data=data, model=model, preset=preset, method=method, eval_data=eval_data, seed=seed)
     search = Study(
-        config=configured(asked, config, settings),
+        config=configured(asked, config, settings, env),
         trials=trials,
         sampler=sampler,
         pruner=pruner,

@@ -12,6 +12,7 @@ from llmtune.cli.app import command
 from llmtune.cli.options import (
     Asked,
     Config,
+    Env,
     EvalData,
     HardwareFile,
     Json,
@@ -46,6 +47,7 @@ def train(
     output: Output = None,
     eval_data: EvalData = None,
     config: Config = None,
+    env: Env = None,
     settings: Set = None,
     resume: Resume = None,
     restarts: Restarts = None,
@@ -70,7 +72,7 @@ def train(
         seed=seed,
         max_steps=max_steps,
     )
-    wanted = configured(asked, config, settings)
+    wanted = configured(asked, config, settings, env)
     if dry_run:
         _plan(wanted, None, as_json)
         return
@@ -147,6 +149,7 @@ def plan(
     output: Output = None,
     eval_data: EvalData = None,
     config: Config = None,
+    env: Env = None,
     settings: Set = None,
     seed: Seed = None,
     max_steps: MaxSteps = None,
@@ -168,7 +171,7 @@ def plan(
         seed=seed,
         max_steps=max_steps,
     )
-    _plan(configured(asked, config, settings), hardware, as_json)
+    _plan(configured(asked, config, settings, env), hardware, as_json)
 
 
 def _plan(wanted: RunConfig, hardware: str | None, as_json: bool) -> None:

@@ -10,6 +10,7 @@ from llmtune.cli.app import command
 from llmtune.cli.options import (
     Asked,
     Config,
+    Env,
     EvalData,
     Json,
     MaybeData,
@@ -40,6 +41,7 @@ def verify_resume(
     output: Output = None,
     eval_data: EvalData = None,
     config: Config = None,
+    env: Env = None,
     settings: Set = None,
     seed: Seed = None,
     steps: Steps = 10,
@@ -64,7 +66,7 @@ def verify_resume(
         eval_data=eval_data,
         seed=seed,
     )
-    result = verify(configured(asked, config, settings), steps=steps, at=steps // 2 if at is None else at)
+    result = verify(configured(asked, config, settings, env), steps=steps, at=steps // 2 if at is None else at)
     if as_json:
         speaker.emit(result.to_json())
     else:

@@ -2,7 +2,7 @@
 
 from llmtune.config.keys import resolve_key, settable_keys
 from llmtune.config.load import load_config
-from llmtune.config.paths import cache_dir, has_hub_token, store_url
+from llmtune.config.paths import cache_dir, credential_is_set, has_hub_token, store_url
 from llmtune.config.schema import (
     AdapterConfig,
     DataConfig,
@@ -30,6 +30,7 @@ __all__ = [
     "SourceConfig",
     "TrainConfig",
     "cache_dir",
+    "credential_is_set",
     "has_hub_token",
     "load_config",
     "resolve_key",

@@ -1,4 +1,7 @@
-"""Sources of configuration, merged in one order: keyword or flag > file > ``LLMTUNE_*`` environment > defaults."""
+"""Sources of configuration, merged in one order: keyword or flag > files > ``LLMTUNE_*`` environment > defaults.
+
+Of several files the later one is taken, and of each file the overlay that ``--env`` names before the rest of the file.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,24 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import SecretStr, ValidationError
 
-from llmtune.config.keys import is_text, resolve_key, settable_keys
+from llmtune.config.aliases import ALIASES, HINTS, REMARKS, VALUES, plain_name
+from llmtune.config.keys import is_text, read_key, resolve_key, settable_keys
+from llmtune.config.origin import Origin
 from llmtune.config.schema import RunConfig, SourceConfig
 from llmtune.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
 
+    from llmtune.config.layers import Layer
+
 __all__ = ["load_config", "resolve_key"]
 
 ENVIRONMENT_PREFIX = "LLMTUNE_"
-# Read elsewhere: the run store's URL, the cache folder, and the switch that shows tracebacks.
-RESERVED_ENVIRONMENT = ("LLMTUNE_STORE", "LLMTUNE_CACHE", "LLMTUNE_DEBUG")
+# Names the overlay of the configuration files, as --env does.
+ENV_VARIABLE = "LLMTUNE_ENV"
+# Read elsewhere: the run store's URL, the cache folder, the switch that shows tracebacks, the name of the overlay.
+RESERVED_ENVIRONMENT = ("LLMTUNE_STORE", "LLMTUNE_CACHE", "LLMTUNE_DEBUG", ENV_VARIABLE)
 SECRET = "model.token"
 
 
@@ -37,6 +46,50 @@ class _Gathered:
 
     settings: dict[str, _Setting] = field(default_factory=dict)
     problems: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what was read as something else
+    of_files: dict[str, list[_Setting]] = field(default_factory=dict)  # what each file said of a key, in their order
+
+    def add_layer(self, layer: Layer) -> None:
+        """Take the keys of a configuration file; an overlay that was not chosen is only checked."""
+        if not layer.is_chosen:
+            alone = _Gathered()
+            alone.add(layer.where, _flatten(layer.document))
+            self.problems += [*alone.problems, *alone.check()[1]]
+            return
+        self.add(layer.where, _flatten(layer.document))
+        for key, setting in self.settings.items():
+            if setting.where == layer.where:
+                self.of_files.setdefault(key, []).append(setting)
+
+    def check(self) -> tuple[RunConfig | None, list[tuple[str, str]]]:
+        """Return the configuration, or what is wrong with its values."""
+        try:
+            return RunConfig.model_validate(self.tree()), []
+        except ValidationError as error:
+            return None, [(self.source_of(item["loc"]), _sentence(item)) for item in error.errors()]
+
+    def readings(self) -> list[str]:
+        """Return one sentence for each name that was read as another one."""
+        notes = list(self.notes)
+        for key, names in VALUES.items():
+            given = self.settings.get(key)
+            if given is None or not isinstance(given.value, str) or (name := plain_name(given.value)) not in names:
+                continue
+            remark = REMARKS.get((key, name))
+            said = f"{given.where}: {key}: {given.value} is read as {names[name]}"
+            notes.append(f"{said}; {remark}" if remark else said)
+        return notes
+
+    def disagreements(self) -> list[str]:
+        """Return one sentence for each key that is taken from one file and has another value in an earlier one."""
+        notes = []
+        for key, (*earlier, last) in self.of_files.items():
+            others = [one for one in reversed(earlier) if one.value != last.value]
+            if not others or self.settings.get(key) != last:
+                continue
+            replaced = " and ".join(f"{_in_words(key, one.value)} of {one.where}" for one in others)
+            notes.append(f"{key}: {_in_words(key, last.value)} of {last.where} replaces {replaced}")
+        return notes
 
     def add(self, where: str, given: Iterable[tuple[str, Any]], *, is_source_text: bool = False) -> None:
         """Take the keys of one source; what earlier sources said about them no longer counts.
@@ -51,13 +104,15 @@ class _Gathered:
         seen: set[str] = set()
         for key, value in given:
             try:
-                full = resolve_key(key)
+                full, alias = read_key(key)
             except ValueError as error:
                 self.problems.append((where, str(error)))
                 continue
             if full in seen and not is_source_text:  # a repeated flag is a correction, a repeated key a mistake
                 self.problems.append((where, f"{full}: is given twice"))
             seen.add(full)
+            if alias is not None:
+                self.notes.append(f"{where}: {key} is read as {full}" + (f"; {alias.remark}" if alias.remark else ""))
             if is_source_text:
                 value = value if is_text(full) else parse_value(value)
             for entry in [known for known in self.settings if known.startswith(full + ".")]:
@@ -89,7 +144,8 @@ def load_config(
     overrides: Mapping[str, Any] | None = None,
     *,
     settings: Sequence[str] = (),
-    file: str | Path | None = None,
+    file: str | Path | Sequence[str | Path] | None = None,
+    env: str | None = None,
     environ: Mapping[str, str] | None = None,
     where: str = "command line",
 ) -> RunConfig:
@@ -98,34 +154,41 @@ def load_config(
     Args:
         overrides: Keyword arguments or flags; keys in full or by unique leaf; ``None`` values are ignored.
         settings: ``key=value`` texts of ``--set``; the value is read as YAML.
-        file: A YAML file.
+        file: A YAML file, or several; where they disagree the later one is taken.
+        env: Name of the overlay in ``environments`` of the files that is put on top of them; ``LLMTUNE_ENV`` when not
+            given.
         environ: Environment to read ``LLMTUNE_*`` from; the process's own when not given.
         where: What to call the overrides in messages.
 
     Raises:
         ConfigError: With every problem of every source, each with the nearest known key.
     """
+    environ = os.environ if environ is None else environ
     gathered = _Gathered()
-    for name, key, text in _from_environment(os.environ if environ is None else environ):
+    for name, key, text in _from_environment(environ):
         gathered.add(name, [(key, text)], is_source_text=True)
-    if file is not None:
-        from llmtune.config.reading import read_file
+    files = [file] if isinstance(file, str | Path) else list(file or ())
+    env, asked_by = (env, "--env") if env else (environ.get(ENV_VARIABLE) if files else None, ENV_VARIABLE)
+    if files or env:
+        from llmtune.config.layers import read_layers
 
-        gathered.add(str(file), _flatten(read_file(Path(file))))
+        found = read_layers(files, env or None, asked_by)
+        gathered.problems += found.problems
+        for layer in found.layers:
+            gathered.add_layer(layer)
     gathered.add(where, ((key, value) for key, value in _flatten(overrides or {}) if value is not None))
     pairs = [setting.partition("=") for setting in settings]
     gathered.problems += [("--set", _no_pair(key)) for key, separator, _ in pairs if not (separator and key.strip())]
     gathered.add(
         "--set", ((key.strip(), text) for key, equals, text in pairs if equals and key.strip()), is_source_text=True
     )
-    tree = gathered.tree()
-    try:
-        config = RunConfig.model_validate(tree)
-    except ValidationError as error:
-        gathered.problems += [(gathered.source_of(item["loc"]), _sentence(item)) for item in error.errors()]
-    if gathered.problems:
+    config, problems = gathered.check()
+    gathered.problems += problems
+    if config is None or gathered.problems:
         raise _error(gathered.problems)
-    return config
+    return config.with_origin(
+        Origin(files=tuple(map(str, files)), env=env or None, notes=(*gathered.readings(), *gathered.disagreements()))
+    )
 
 
 def _flatten(document: Mapping[str, Any]) -> list[tuple[str, Any]]:
@@ -148,8 +211,19 @@ def _from_environment(environ: Mapping[str, str]) -> list[tuple[str, str, str]]:
         key = name.removeprefix(ENVIRONMENT_PREFIX).lower()
         group, _, leaf = key.partition("_")
         full = f"{group}.{leaf}"
-        found.append((name, full if full in settable_keys() else key, text))
+        is_full = full in settable_keys() or (
+            group in RunConfig.model_fields and leaf in (ALIASES.keys() | HINTS.keys())
+        )
+        found.append((name, full if is_full and key not in ALIASES else key, text))
     return found
+
+
+def _in_words(key: str, value: Any) -> str:
+    if key.startswith(SECRET):
+        return "a secret"
+    if value is None:
+        return "auto"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _no_pair(setting: str) -> str:

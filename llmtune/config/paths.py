@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -30,3 +31,22 @@ def has_hub_token() -> bool:
         return False
     named = (os.environ.get(name, "").strip() for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"))
     return any(named) or Path(constants.HF_TOKEN_PATH).is_file()
+
+
+def credential_is_set(variables: Sequence[str], files: Sequence[tuple[str, str]] = ()) -> bool:
+    """Return whether one of these variables is set, or one of these files of the home folder holds a text.
+
+    Args:
+        variables: Names of environment variables.
+        files: Paths below the home folder, each with the text that it must hold; an empty text is in every file.
+    """
+    if any(os.environ.get(name, "").strip() for name in variables):
+        return True
+    for name, text in files:
+        try:
+            held = (Path.home() / name).read_text(encoding="utf-8", errors="replace")
+        except (OSError, RuntimeError):  # there is no such file, or no home folder
+            continue
+        if text in held:
+            return True
+    return False

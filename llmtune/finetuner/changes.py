@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,18 +38,18 @@ TABLE = (
         keys=("train.epochs", "train.max_steps"),
         effect="extends",
         why="the schedule of the learning rate is laid anew over the whole length",
-        choices=("epochs", "updates", "warmup_updates"),
+        choices=("epochs", "updates", "warmup_updates", "schedule_arguments"),
     ),
     # how far the weights move
     Rule(
-        keys=("train.learning_rate", "train.schedule", "train.warmup_ratio"),
+        keys=("train.learning_rate", "train.schedule", "train.schedule_arguments", "train.warmup_ratio"),
         effect="applies",
         why="the next update has the learning rate that the changed schedule gives at its step",
-        choices=("learning_rate", "schedule", "warmup_updates"),
+        choices=("learning_rate", "schedule", "schedule_arguments", "warmup_updates"),
     ),
     Rule(keys=("train.max_grad_norm",), effect="applies", why="from the next update on", choices=("max_grad_norm",)),
     Rule(
-        keys=("train.weight_decay", "train.optimizer"),
+        keys=("train.weight_decay", "train.optimizer", "train.optimizer_arguments"),
         effect="refused",
         why="the optimizer's state is of the other",
     ),
@@ -189,7 +190,10 @@ class Change:
     @property
     def flag(self) -> str | None:
         """How it is asked for on the command line; None for what surrounds a run."""
-        return f"--set {self.name}={shlex.quote(_text(self.now))}" if "." in self.name else None
+        if "." not in self.name:
+            return None
+        value = json.dumps(self.now) if isinstance(self.now, Mapping) else _text(self.now)
+        return f"--set {self.name}={shlex.quote(value)}"
 
     def __str__(self) -> str:
         """``train.learning_rate 0.001 -> 0.002 (why)``."""
@@ -204,5 +208,5 @@ def _text(value: Any) -> str:
     if value is None:
         return "auto"
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {one}" for key, one in value.items())
+        return ", ".join(f"{key} {one}" for key, one in value.items()) or "auto"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -44,7 +44,8 @@ class FineTuner:
         callbacks: ``transformers.TrainerCallback`` objects of your own.
         metrics: Your own quality measures by name: ``fn(answers, references) -> float``, computed on greedy answers to
             held-out prompts at every evaluation. ``metric="name"`` lets one choose the best checkpoint.
-        config: A YAML file of ``RunConfig`` keys.
+        config: A YAML file of ``RunConfig`` keys, or several; where they disagree the later one is taken.
+        env: Which of the ``environments:`` of the files to use.
         **settings: ``RunConfig`` keys, in full or by a unique leaf name: ``learning_rate=1e-4, rank=16``.
 
     Raises:
@@ -57,17 +58,20 @@ class FineTuner:
         *,
         callbacks: Sequence[TrainerCallback] = (),
         metrics: Mapping[str, Metric] | None = None,
-        config: str | Path | RunConfig | None = None,
+        config: str | Path | Sequence[str | Path] | RunConfig | None = None,
+        env: str | None = None,
         **settings: Any,
     ) -> None:
         if isinstance(data, str | os.PathLike):
             settings["data.path"], data = os.fspath(data), None
         if isinstance(config, RunConfig):
-            if settings:
-                raise ConfigError("FineTuner", [f"got a RunConfig and also {', '.join(settings)}; give one of them"])
+            if given := [*settings, *(["env"] if env else [])]:
+                raise ConfigError("FineTuner", [f"got a RunConfig and also {', '.join(given)}; give one of them"])
             self.config = config
         else:
-            self.config = load_config(settings, file=config, where="FineTuner")
+            self.config = load_config(settings, file=config, env=env, where="FineTuner")
+            for note in self.config.origin.notes:
+                speaker.say(note)
         self._data, self._callbacks, self._metrics = data, tuple(callbacks), dict(metrics or {})
         self._run_dir: Path | None = None
         self._continues = False  # whether a run was named to be continued
@@ -130,8 +134,9 @@ class FineTuner:
         report = rows.check_data(inputs)
         report.raise_if_bad(self.config.data.on_bad_row)
         speaker.say(f"data: {report.rows:,} rows, {report.format} ({report.reason})")
+        machine = ranks.from_main(machine)
+        model = facts.model_of(self.config, machine, inputs, download=True)  # by the facts that `plan` chooses by
         machine = ranks.from_main(facts.measured(self.config, machine) if ranks.is_main else machine)
-        model = facts.model_of(self.config, machine, inputs, download=True)
         with ranks.main_first():  # the main process tokenises, the others map its files
             data = facts.data_of(self.config, model, inputs)
         report = rows.full_report(report, data)
@@ -140,6 +145,7 @@ class FineTuner:
         plan = ranks.from_main(make_plan(request) if ranks.is_main else None)
         assert plan is not None
         plan.require_fit()
+        plan.require_room_to_download()
         if request.correction.basis == "runs":
             speaker.say(f"predictions: {request.correction.reason}")
         run, continued = self._open_run(ranks, self._identity(model, data), inputs.name, request, plan)

@@ -16,7 +16,7 @@ import orjson
 from llmtune.collector import importing
 from llmtune.config import RunConfig, cache_dir, has_hub_token, load_config
 from llmtune.console import quieten_libraries
-from llmtune.errors import ConfigError
+from llmtune.errors import ConfigError, PlanError
 from llmtune.finetuner import rows
 from llmtune.finetuner.rows import Data, Inputs
 from llmtune.hardware import (
@@ -28,8 +28,19 @@ from llmtune.hardware import (
     launch_sharding,
     with_rates,
 )
-from llmtune.models import ModelLocation, ModelSpec, load_tokenizer, locate, preset_of, read_spec, spec_from_entry
+from llmtune.models import (
+    Download,
+    ModelLocation,
+    ModelSpec,
+    download_of,
+    load_tokenizer,
+    locate,
+    preset_of,
+    read_spec,
+    spec_from_entry,
+)
 from llmtune.planning import Choice, Plan, PlanRequest, choose_model, make_plan
+from llmtune.planning.checks import name_problems
 from llmtune.planning.correction import Experience, correction
 from llmtune.presets import CatalogueEntry, Preset, find_entry
 
@@ -42,15 +53,22 @@ USUAL_BYTES_PER_TOKEN = 4.0
 LOADED_SUFFIXES = frozenset({".json", ".safetensors", ".bin", ".model", ".txt", ".jinja", ".py"})
 # Run directories that are looked into for what they teach about predictions, the newest: 50 take about 2 ms.
 RUNS_LEARNED_FROM = 50
+# Free memory moves by a few percent between two starts. A model is chosen for whole sixteenths of the device's memory,
+# so that such a move seldom changes the choice. llmtune: chosen.
+MEMORY_STEPS = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """Where a run happens, and what earlier runs there have shown, newest first."""
+    """Where a run happens, and what earlier runs there have shown, newest first.
+
+    ``is_here``: whether it is this machine, and not one that was described.
+    """
 
     hardware: Hardware
     device: DeviceChoice
     experiences: tuple[Experience, ...] = ()
+    is_here: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,12 +130,23 @@ def _content(path: Path) -> str:
 
 
 def machine_of(config: RunConfig, hardware: Hardware | None = None) -> Machine:
-    """This machine as far as it is known without measuring, or the one described by ``hardware``."""
+    """This machine as far as it is known without measuring, or the one described by ``hardware``.
+
+    Raises:
+        ConfigError: An optimizer, schedule or tracker that a run there could not use; said before data are read.
+    """
     found = hardware or detect(config.output.dir or config.output.root)
     device = choose_device(found, config.train.device)
+    if problems := name_problems(config, device.type):
+        raise ConfigError("configuration", problems)
     if hardware is None:
         found = replace(found, rates=cached_rates(found, device, cache_dir()))
-    return Machine(hardware=found, device=device, experiences=experiences(Path(config.output.root)))
+    return Machine(
+        hardware=found,
+        device=device,
+        experiences=experiences(Path(config.output.root)),
+        is_here=hardware is None,
+    )
 
 
 def measured(config: RunConfig, machine: Machine) -> Machine:
@@ -194,8 +223,22 @@ def plan_of(config: RunConfig, machine: Machine, model: Model, data: Data, *, pr
     return make_plan(plan_request(config, machine, model, data, processes=processes))
 
 
-def plan_request(config: RunConfig, machine: Machine, model: Model, data: Data, *, processes: int) -> PlanRequest:
-    """The facts in the form the planner takes."""
+def _download(config: RunConfig, machine: Machine, model: Model) -> Download | None:
+    """What of the model has to be fetched to train there."""
+    location = model.location
+    return download_of(
+        model.spec,
+        source=None if location is None else location.source,
+        revision=config.model.revision if location is None else location.revision,
+        output=config.output.dir or config.output.root,
+        is_here=machine.is_here,
+    )
+
+
+def plan_request(
+    config: RunConfig, machine: Machine, model: Model, data: Data, *, processes: int, is_candidate: bool = False
+) -> PlanRequest:
+    """The facts in the form the planner takes; what a mere candidate would download is left out."""
     best = machine.hardware.precision_support[0]  # what the planner takes, unless told otherwise
     learned = correction(
         machine.experiences,
@@ -216,30 +259,62 @@ def plan_request(config: RunConfig, machine: Machine, model: Model, data: Data, 
         processes=processes,
         sharding=launch_sharding(os.environ) if processes > 1 else None,
         model_choice=model.choice,
+        download=None if is_candidate else _download(config, machine, model),
         correction=learned,
     )
 
 
 def _begun(config: RunConfig, inputs: Inputs) -> Choice[str] | None:
-    """The model of an unfinished run of this very command; None where there is none.
+    """The model that the run of this very command was begun with; None where there is no such run.
 
     Free memory and measured rates differ from start to start. The choice must not: the run would never be found again.
+    With ``--output`` the run there is meant, whatever else has changed; without, an unfinished run of the same data and
+    configuration.
     """
-    for path in _newest_runs(Path(config.output.root)):
+    if config.recover.resume == "never":
+        return None
+    named = config.output.dir
+    for path in _newest_runs(Path(config.output.root)) if named is None else [Path(named) / "run.json"]:
         try:
             run = orjson.loads(path.read_bytes())
-            if run["status"] == "finished" or run["data_fingerprint"] != inputs.fingerprint:
+            unfinished = run["status"] != "finished"
+            if run["data_fingerprint"] != inputs.fingerprint or not (unfinished or named):
                 continue
             begun = load_config(run["config"], environ={}, where=str(path))
         except (OSError, ValueError, KeyError, TypeError, ConfigError):
             continue
-        if begun.identity_hash() == config.identity_hash():
-            return Choice(str(run["model"]), f"{path.parent} has begun with it and is not finished", "derived")
+        if named or begun.identity_hash() == config.identity_hash():
+            reason = f"{path.parent} has begun with it" + (" and is not finished" if unfinished else "")
+            return Choice(str(run["model"]), reason, "derived")
     return None
 
 
+def _steady(machine: Machine) -> Machine:
+    """The same machine with its free memory rounded down, for a choice that the same command makes again."""
+    device = machine.device
+    step = device.total_bytes // MEMORY_STEPS
+    if device.free_bytes < step or step == 0:
+        return machine
+    return replace(machine, device=replace(device, free_bytes=device.free_bytes // step * step))
+
+
 def _choose_entry(config: RunConfig, machine: Machine, inputs: Inputs) -> Choice[str]:
-    """The best catalogue entry for this data, estimated in each entry's tokens."""
+    """The best catalogue entry for this data; free memory counts in steps, unless nothing fits then."""
+    steady = _steady(machine)
+    try:
+        return _best_entry(config, steady, inputs)
+    except PlanError:
+        if steady == machine:
+            raise
+        return _best_entry(config, machine, inputs)
+
+
+def _best_entry(config: RunConfig, machine: Machine, inputs: Inputs) -> Choice[str]:
+    """The best catalogue entry for this data, estimated in each entry's tokens.
+
+    Raises:
+        PlanError: Nothing in the catalogue fits.
+    """
     found = rows.surveyed(inputs.train)
 
     def data_for(entry: CatalogueEntry) -> Data:
@@ -253,7 +328,8 @@ def _choose_entry(config: RunConfig, machine: Machine, inputs: Inputs) -> Choice
             location=None,
             tokenizer=None,
         )
-        return make_plan(plan_request(config, machine, model, data_for(entry), processes=1), alternatives=False)
+        request = plan_request(config, machine, model, data_for(entry), processes=1, is_candidate=True)
+        return make_plan(request, alternatives=False)
 
     drops = config.data.too_long != "refuse"
     _, choice = choose_model(

@@ -236,9 +236,12 @@ def estimate(config: RunConfig, inputs: Inputs, found: Survey, *, bytes_per_toke
     """What is known about the data before there is a tokenizer; ``found`` is the survey of the training data."""
     dropped_above = config.data.max_length or context if config.data.too_long != "refuse" else None
     stats = found.stats(bytes_per_token=bytes_per_token, max_length=dropped_above)
-    eval_rows = int(stats.rows * eval_share(config, stats.rows))
     if inputs.evaluation is not None:
         eval_rows = sum(part.num_rows for part in surveyed((inputs.evaluation,)).parts)
+    else:
+        kept = sum(part.num_rows for part in found.parts) - stats.dropped_too_long
+        eval_rows = num_held_out(kept, eval_share(config, kept))
+        stats = _without(stats, eval_rows / max(kept, 1))
     return Data(
         train=None,
         eval=None,
@@ -253,6 +256,17 @@ def estimate(config: RunConfig, inputs: Inputs, found: Survey, *, bytes_per_toke
 def _unused(inputs: Inputs, names: Sequence[str]) -> tuple[str, ...]:
     ignored = ignored_names(inputs.train)
     return tuple(name for name in names if name not in ignored)
+
+
+def num_held_out(rows: int, share: float) -> int:
+    """Rows that `llmtune.data.split` holds out of so many, where no row repeats another."""
+    return min(max(1, round(rows * share)), max(1, rows // 2)) if share > 0 and rows > 1 else 0
+
+
+def _without(stats: DataStats, share: float) -> DataStats:
+    """The statistics when this share of the rows is held out; their lengths are spread as those of all rows."""
+    counts = ("rows", "tokens", "supervised_tokens")
+    return replace(stats, **{name: round(getattr(stats, name) * (1 - share)) for name in counts})
 
 
 def tokenised(config: RunConfig, inputs: Inputs, tokenizer: PreTrainedTokenizerBase, spec: ModelSpec) -> Data:

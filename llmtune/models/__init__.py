@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from llmtune.models.download import Download, download_of
 from llmtune.models.locate import ModelLocation, locate, preset_of
 from llmtune.models.spec import LinearModule, ModelSpec, read_spec, spec_from_entry
 
@@ -9,9 +10,11 @@ if TYPE_CHECKING:
     from llmtune.models.load import load_for_training, load_tokenizer, load_tuned, require_lasting
 
 __all__ = [
+    "Download",
     "LinearModule",
     "ModelLocation",
     "ModelSpec",
+    "download_of",
     "load_for_training",
     "load_tokenizer",
     "load_tuned",

@@ -122,6 +122,8 @@ def _reaching(steps: int, updates: int) -> int:
 
 def _patience(request: PlanRequest, *, memorises: bool) -> Choice[int | None]:
     config = request.config
+    if config.evaluate.patience == 0:
+        return Choice(None, "you set evaluate.patience=off: the run goes to its end", "user")
     if config.evaluate.patience is not None:
         return Choice(config.evaluate.patience, "you set evaluate.patience", "user")
     if request.eval_rows == 0:

@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
+from llmtune.config import RunConfig
 from llmtune.errors import ConfigError, DataError, did_you_mean
+from llmtune.planning.arguments import problems_of_arguments
 from llmtune.planning.batching import packing_problem
 from llmtune.planning.precision import accelerator_of
 from llmtune.planning.request import PlanRequest
-from llmtune.presets import SCHEDULES
+from llmtune.registry import OPTIMIZERS, SCHEDULES, tracker_problems
 
 # Modules beside the decoder's linear layers that an adapter may sit on.
 BESIDE_LAYERS = ("lm_head", "embed_tokens")
-# transformers' OptimizerNames (5.23), here so that planning does not load transformers.
-OPTIMIZERS = frozenset(
-    """
-    adafactor adagrad adalomo adamw_8bit adamw_anyprecision adamw_bnb_8bit adamw_torch adamw_torch_4bit
-    adamw_torch_8bit adamw_torch_fused adamw_torch_npu_fused adamw_torch_xla ademamix ademamix_8bit apollo_adamw
-    apollo_adamw_layerwise galore_adafactor galore_adafactor_layerwise galore_adamw galore_adamw_8bit
-    galore_adamw_8bit_layerwise galore_adamw_layerwise grokadamw lion_32bit lion_8bit lomo paged_adamw_32bit
-    paged_adamw_8bit paged_ademamix_32bit paged_ademamix_8bit paged_lion_32bit paged_lion_8bit rmsprop rmsprop_bnb
-    rmsprop_bnb_32bit rmsprop_bnb_8bit schedule_free_adamw schedule_free_radam schedule_free_sgd sgd stable_adamw
-    """.split()
-)
-# What bitsandbytes' optimizers are called without pages, where more than the prefix differs.
-PLAIN_NAMES = {"adamw_8bit": "adamw_bnb_8bit", "adamw_32bit": "adamw_torch_fused"}
 
 
 def check_request(request: PlanRequest) -> None:
@@ -33,7 +22,9 @@ def check_request(request: PlanRequest) -> None:
         DataError: The longest row does not fit the model's context.
     """
     problems = [
-        *_name_problems(request),
+        *name_problems(request.config, request.device.type),
+        *_evaluation_problems(request),
+        *problems_of_arguments(request),
         *_machine_problems(request),
         *_checkpointing_problems(request),
         *packing_problem(request),
@@ -51,25 +42,35 @@ def check_request(request: PlanRequest) -> None:
         )
 
 
-def _name_problems(request: PlanRequest) -> list[str]:
-    train, problems = request.config.train, []
+def name_problems(config: RunConfig, device: str) -> list[str]:
+    """Return one sentence for each schedule, optimizer or tracker that a run could not use.
+
+    Args:
+        config: What was asked.
+        device: Type of the device that trains, such as ``cuda``.
+    """
+    train, problems = config.train, []
     if train.schedule is not None and train.schedule not in SCHEDULES:
         problems.append(f"train.schedule: got '{train.schedule}'{did_you_mean(train.schedule, SCHEDULES)}")
-    if train.schedule == "constant" and train.warmup_ratio:
+    elif train.schedule is not None and not SCHEDULES[train.schedule].has_warmup and train.warmup_ratio:
+        expected = "train.schedule=constant_with_warmup" if train.schedule == "constant" else "train.warmup_ratio=0"
         problems.append(
-            f"train.warmup_ratio: got {train.warmup_ratio:g}, but the schedule 'constant' has no warm-up; "
-            "expected train.schedule=constant_with_warmup"
+            f"train.warmup_ratio: got {train.warmup_ratio:g}, but the schedule '{train.schedule}' has no warm-up; "
+            f"expected {expected}"
         )
-    if train.optimizer is not None:
-        if train.optimizer not in OPTIMIZERS:
-            problems.append(f"train.optimizer: got '{train.optimizer}'{did_you_mean(train.optimizer, OPTIMIZERS)}")
-        elif train.optimizer.startswith("paged_") and request.device.type != "cuda":
-            plain = train.optimizer.removeprefix("paged_")
-            problems.append(
-                f"train.optimizer: got '{train.optimizer}', but only CUDA moves pages between device and host; "
-                f"expected {PLAIN_NAMES.get(plain, plain)}"
-            )
-    return problems
+    if train.optimizer is not None and train.optimizer not in OPTIMIZERS:
+        problems.append(f"train.optimizer: got '{train.optimizer}'{did_you_mean(train.optimizer, OPTIMIZERS)}")
+    elif train.optimizer is not None and (problem := OPTIMIZERS[train.optimizer].problem(device)) is not None:
+        problems.append(f"train.optimizer: got '{train.optimizer}', {problem}")
+    return [*problems, *tracker_problems(config.monitor.report_to)]
+
+
+def _evaluation_problems(request: PlanRequest) -> list[str]:
+    asked = request.config.train.schedule
+    described = SCHEDULES.get(asked) if asked is not None else None
+    if described is None or (problem := described.problem(request.eval_rows)) is None:
+        return []
+    return [f"train.schedule: got '{asked}', {problem}"]
 
 
 def _checkpointing_problems(request: PlanRequest) -> list[str]:

@@ -26,19 +26,29 @@ class Choice(Generic[T]):
 
     def to_json(self) -> dict[str, Any]:
         """``{value, reason, source, changes}``; tuples become lists."""
-        value = list(self.value) if isinstance(self.value, tuple) else self.value
-        return {"value": value, "reason": self.reason, "source": self.source, "changes": self.changes}
+        return {"value": _plain(self.value), "reason": self.reason, "source": self.source, "changes": self.changes}
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Choice[Any]:
         """The inverse of ``to_json``; lists become tuples. Documents of earlier versions have no ``changes``."""
-        value = document["value"]
         return Choice(
-            tuple(value) if isinstance(value, list) else value,
+            _frozen(document["value"]),
             document["reason"],
             document["source"],
             document.get("changes", ""),
         )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(part) for name, part in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _frozen(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _frozen(part) for name, part in value.items()}
+    return tuple(value) if isinstance(value, list) else value
 
 
 def asked_or(asked: T | None, key: str, otherwise: Choice[T]) -> Choice[T]:

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from llmtune.hardware.device import torch_type
+from llmtune.models import Download
 from llmtune.planning.plan import Plan
 from llmtune.planning.request import PlanRequest
-from llmtune.units import format_seconds
+from llmtune.registry.trackers import ALL, resolve_trackers
+from llmtune.units import format_bytes, format_seconds
 
 
 def notices_of(request: PlanRequest, plan: Plan, plan_of: Callable[[PlanRequest], Plan]) -> tuple[str, ...]:
@@ -30,15 +32,27 @@ def notices_of(request: PlanRequest, plan: Plan, plan_of: Callable[[PlanRequest]
                 f"The longest row has about {stats.length_max:,} tokens, more than the context of "
                 f"{request.spec.context:,}: training would refuse it, or drop it with --set data.too_long=drop."
             )
+    if plan.download is not None:
+        notices.append(_download(plan.download, plan.download_shortage()))
     if request.eval_rows == 0:
         notices.append("No rows are held out, so there is no evaluation, no best checkpoint and no early stopping.")
     asked = request.config.adapter
     set_in_vain = [leaf for leaf in ("rank", "alpha", "dropout", "targets") if getattr(asked, leaf) is not None]
     if plan.method.value == "full" and set_in_vain:
         notices.append(f"Full fine-tuning has no adapter: adapter.{', adapter.'.join(set_in_vain)} has no effect.")
+    if request.config.monitor.report_to == (ALL,):
+        found = ", ".join(resolve_trackers((ALL,))) or "no tracker can be used here, see llmtune doctor"
+        notices.append(f"monitor.report_to=all: {found}.")
     if plan.fits and (idle := _idle_devices(request, plan, plan_of)):
         notices.append(idle)
     return tuple(notices)
+
+
+def _download(wanted: Download, shortage: str | None) -> str:
+    if shortage is not None:
+        return f"{shortage}. Training would refuse to start."
+    free = "" if wanted.free_bytes is None else f", where {format_bytes(wanted.free_bytes)} are free"
+    return f"About {format_bytes(wanted.bytes)} of weights will be downloaded to {wanted.directory}{free}."
 
 
 def devices_like(request: PlanRequest) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from llmtune.errors import PlanError
+from llmtune.models import Download
 from llmtune.planning.choice import Choice
 from llmtune.planning.measurement import Measurement
 from llmtune.planning.memory import MemoryEstimate
@@ -69,7 +70,10 @@ class Plan:
         sharding: How launch spreads the model over the ranks: ``fsdp2``, ``zero2``, ``zero3``; None copies it to each.
         compile: Whether the decoder layers are compiled.
         pin_memory: Whether batches wait in page-locked host memory.
+        download: What has to be fetched from the Hub before the run starts; None where nothing has.
         closest: The nearest plans that fit, where this one does not; the cheapest first.
+        optimizer_arguments: Arguments of the optimizer beside learning rate and weight decay.
+        schedule_arguments: Arguments of the schedule beside warm-up and length.
         patience: Evaluations without improvement before stopping; None never stops early.
         measured: What the probe found that this plan rests on; None before it.
     """
@@ -99,8 +103,10 @@ class Plan:
     attention: Choice[str]
     compile: Choice[bool]
     optimizer: Choice[str]
+    optimizer_arguments: Choice[Mapping[str, Any]]
     learning_rate: Choice[float]
     schedule: Choice[str]
+    schedule_arguments: Choice[Mapping[str, Any]]
     warmup_updates: Choice[int]
     weight_decay: Choice[float]
     max_grad_norm: Choice[float]
@@ -124,6 +130,7 @@ class Plan:
     closest: tuple[Alternative, ...]
     notices: tuple[str, ...]
     measured: Measurement | None = None
+    download: Download | None = None
 
     def choices(self) -> Iterator[tuple[str, Choice[Any]]]:
         """Name and choice of every decision, in the order of the fields."""
@@ -145,6 +152,7 @@ class Plan:
             "time": self.time.to_json(),
             "disk_bytes": self.disk_bytes,
             "disk_free_bytes": self.disk_free_bytes,
+            "download": None if self.download is None else self.download.to_json(),
             "fits": self.fits,
             "closest": [near.to_json() for near in self.closest],
             "notices": list(self.notices),
@@ -165,6 +173,7 @@ class Plan:
             closest=tuple(Alternative.from_json(near) for near in document["closest"]),
             notices=tuple(document["notices"]),
             measured=Measurement.from_json(found) if (found := document.get("measured")) else None,
+            download=Download(**wanted) if (wanted := document.get("download")) else None,
         )
 
     def require_fit(self) -> None:
@@ -189,6 +198,33 @@ class Plan:
                 f"result, {format_bytes(self.disk_free_bytes)} are free. Free some, choose another disk with --output, "
                 "or pass --set save.keep=2."
             )
+
+    def download_shortage(self) -> str | None:
+        """What the disk lacks to hold the weights, and the checkpoints where they go to the same one; None if nothing.
+
+        A plan says it and `train` refuses to start: nothing has to be there yet for a plan.
+        """
+        wanted = self.download
+        if wanted is None or wanted.free_bytes is None:
+            return None
+        needed = wanted.bytes + (self.disk_bytes if wanted.shares_disk else 0)
+        if needed <= wanted.free_bytes:
+            return None
+        beside = f" and {format_bytes(self.disk_bytes)} of checkpoints and result" if wanted.shares_disk else ""
+        return (
+            f"{format_bytes(wanted.bytes)} of weights{beside} do not fit on the disk of {wanted.directory}: "
+            f"{format_bytes(wanted.free_bytes)} are free. Free some (hf cache prune), or put the cache on another disk "
+            "with HF_HOME=DIR"
+        )
+
+    def require_room_to_download(self) -> None:
+        """Refuse a run whose weights would fill the disk.
+
+        Raises:
+            PlanError: See `download_shortage`; as for memory, this machine cannot carry out the plan.
+        """
+        if (shortage := self.download_shortage()) is not None:
+            raise PlanError(f"{shortage}.")
 
     def _terms(self) -> str:
         terms = sorted(self.memory.terms.items(), key=lambda term: -term[1])
@@ -227,6 +263,8 @@ def _before(choices: Mapping[str, Choice[Any]]) -> dict[str, Choice[Any]]:
         "checkpoint_every": Choice(int(recomputes), f"{age} recompute every layer or none", "default"),
         "activation_offload": Choice(False, f"{age} do not offload", "default"),
         "compile": Choice(False, f"{age} do not compile", "default"),
+        "optimizer_arguments": Choice({}, f"{age} take those of transformers", "default"),
+        "schedule_arguments": Choice({}, f"{age} take those of transformers", "default"),
         "pin_memory": Choice(choices["device"].value.startswith("cuda"), f"{age} pin for CUDA", "default"),
     }
 
@@ -244,4 +282,10 @@ def _shown(value: Any) -> str:
         return f"{value:g}"
     if isinstance(value, tuple):
         return ", ".join(str(part) for part in value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_shown_argument(part)}" for name, part in value.items()) or "none"
     return str(value)
+
+
+def _shown_argument(value: Any) -> str:
+    return f"({', '.join(f'{part:g}' for part in value)})" if isinstance(value, tuple | list) else _shown(value)

@@ -8,6 +8,7 @@ from typing import Any
 
 from llmtune.planning import reasons
 from llmtune.planning.adapter import memorises
+from llmtune.planning.arguments import choose_optimizer_arguments
 from llmtune.planning.batching import choose_batches
 from llmtune.planning.cadence import CadenceChoices, Costs, choose_cadence
 from llmtune.planning.checks import check_request
@@ -82,18 +83,20 @@ def _decide(request: PlanRequest, *, alternatives: bool = False) -> Plan:
         choose_batches(request, best.load, batch),
         best.precision,
         best.adapter,
-        choose_steps(request, best.way.method, updates),
+        choose_steps(request, best.way.method, length, cadence.patience.value),
         cadence,
         execution,
     ):
         choices |= {field.name: getattr(part, field.name) for field in fields(part)}
     return Plan(
         **choices,
+        optimizer_arguments=choose_optimizer_arguments(request, best.way.optimizer),
         seed=request.setting("train.seed", "fixed, so that the same command gives the same result"),
         memory=memory,
         time=time,
         disk_bytes=(request.config.save.keep + 2) * save_bytes + 4 * trainable,
         disk_free_bytes=request.hardware.disk_free_bytes,
+        download=request.download,
         fits=memory.fits,
         closest=(),
         notices=(),

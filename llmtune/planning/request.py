@@ -12,7 +12,7 @@ import numpy as np
 from llmtune.config import RunConfig
 from llmtune.data import DataStats, pass_width
 from llmtune.hardware import DeviceChoice, Hardware
-from llmtune.models import ModelSpec
+from llmtune.models import Download, ModelSpec
 from llmtune.planning.choice import Choice
 from llmtune.planning.correction import NO_CORRECTION, Correction
 from llmtune.presets import GOALS, Level, Preset, dataset_size
@@ -38,6 +38,7 @@ class PlanRequest:
         sharding: How the launch spreads the model over its ranks: ``fsdp2``, ``zero2``, ``zero3``; None for DDP.
         model_choice: How the model was chosen.
         complexity: How varied the training text is, 0 to 1 (`llmtune.data`); None where it was not measured.
+        download: What has to be fetched from the Hub before the run starts; None where nothing has.
         correction: What earlier runs on this machine, or a probe, have shown about the predictions.
     """
 
@@ -52,6 +53,7 @@ class PlanRequest:
     model_choice: Choice[str]
     sharding: str | None = None
     complexity: float | None = None
+    download: Download | None = None
     correction: Correction = NO_CORRECTION
 
     @property

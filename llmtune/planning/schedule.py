@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from llmtune.planning.adapter import MANY_EPOCHS
+from llmtune.planning.arguments import Course, choose_schedule_arguments
 from llmtune.planning.choice import Choice, asked_or
 from llmtune.planning.request import PlanRequest
+from llmtune.registry import SCHEDULES
 
 # A run should have at least this many updates where the data allow it; below, the schedule has no room to act.
 WANTED_UPDATES = 100
@@ -32,6 +35,7 @@ class StepChoices:
 
     learning_rate: Choice[float]
     schedule: Choice[str]
+    schedule_arguments: Choice[Mapping[str, Any]]
     warmup_updates: Choice[int]
     weight_decay: Choice[float]
     max_grad_norm: Choice[float]
@@ -53,14 +57,30 @@ def choose_length(request: PlanRequest) -> LengthChoices:
     return LengthChoices(epochs=epochs, updates=updates, global_batch_size=batch)
 
 
-def choose_steps(request: PlanRequest, method: str, updates: int) -> StepChoices:
-    """Learning rate and what shapes it over the run."""
-    train = request.config.train
+def choose_steps(request: PlanRequest, method: str, length: LengthChoices, patience: int | None) -> StepChoices:
+    """Learning rate and what shapes it over the run.
+
+    Args:
+        request: The facts.
+        method: How the model is trained.
+        length: Epochs and updates.
+        patience: Evaluations without improvement after which the run stops; None never stops early.
+    """
+    train, updates = request.config.train, length.updates.value
     schedule: Choice[str] = asked_or(train.schedule, "train.schedule", request.of_preset("schedule"))
+    learning_rate, warmup = _learning_rate(request, method), _warmup(request, schedule.value, updates)
+    course = Course(
+        learning_rate=learning_rate.value,
+        warmup=warmup.value,
+        updates=updates,
+        epochs=length.epochs.value,
+        patience=patience if request.eval_rows else None,
+    )
     return StepChoices(
-        learning_rate=_learning_rate(request, method),
+        learning_rate=learning_rate,
         schedule=schedule,
-        warmup_updates=_warmup(request, schedule.value, updates),
+        schedule_arguments=choose_schedule_arguments(request, schedule.value, course),
+        warmup_updates=warmup,
         weight_decay=asked_or(train.weight_decay, "train.weight_decay", request.of_preset("weight_decay")),
         max_grad_norm=request.setting("train.max_grad_norm", "the Trainer's own default"),
     )
@@ -111,8 +131,9 @@ def _learning_rate(request: PlanRequest, method: str) -> Choice[float]:
 
 def _warmup(request: PlanRequest, schedule: str, updates: int) -> Choice[int]:
     """Updates over which the learning rate rises to its peak."""
-    if schedule == "constant":
-        return Choice(0, "the schedule 'constant' has no warm-up; 'constant_with_warmup' has", "derived")
+    if not SCHEDULES[schedule].has_warmup:
+        other = "; 'constant_with_warmup' has" if schedule == "constant" else ""
+        return Choice(0, f"the schedule '{schedule}' has no warm-up{other}", "derived")
     ratio = asked_or(request.config.train.warmup_ratio, "train.warmup_ratio", request.of_preset("warmup_ratio"))
     count = round(ratio.value * updates)
     reason = f"{100 * ratio.value:g} % of {updates:,} updates; {ratio.reason}"

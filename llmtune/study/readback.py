@@ -68,7 +68,7 @@ def _of_events(run: RunDirectory, choices: Mapping[str, Any], params: Mapping[st
         return ["no update was logged"]
     # Under fp16 the schedule waits where the loss scaler skips an update, so only the peak can be compared.
     lags = choices["precision"] == "fp16"
-    factor = None if lags else _schedule(choices["schedule"], choices["warmup_updates"], choices["updates"])
+    factor = None if lags else _schedule(choices, peak)
     for event in steps:
         seen, wanted = number(event["learning_rate"]), peak * factor(event["step"] - 1) if factor else None
         if seen is None or (not _same(seen, wanted) if wanted is not None else seen > peak * (1 + 1e-6)):
@@ -77,13 +77,19 @@ def _of_events(run: RunDirectory, choices: Mapping[str, Any], params: Mapping[st
     return []
 
 
-def _schedule(name: str, warmup: int, updates: int) -> Callable[[int], float] | None:
+def _schedule(choices: Mapping[str, Any], peak: float) -> Callable[[int], float] | None:
     """Updates done -> share of the peak learning rate, where the schedule is a function of them alone."""
     import torch
     from transformers import get_scheduler
 
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=updates)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
+    scheduler = get_scheduler(
+        choices["schedule"],
+        optimizer,
+        num_warmup_steps=choices["warmup_updates"],
+        num_training_steps=choices["updates"],
+        scheduler_specific_kwargs=dict(choices.get("schedule_arguments") or {}),
+    )
     factors: list[Callable[[int], float]] = getattr(scheduler, "lr_lambdas", [])
     return factors[0] if factors else None
 

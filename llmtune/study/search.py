@@ -52,7 +52,9 @@ class Study:
             True}}``. When not given, the most important numbers around the preset's, except those that are set.
         output: The study's directory; derived from data, model and settings when not given.
         metrics: As for ``FineTuner``.
-        config: A YAML file of ``RunConfig`` keys, or a ``RunConfig``.
+        config: A YAML file of ``RunConfig`` keys, several of them (a later one replaces an earlier one), or a
+            ``RunConfig``.
+        env: Which of the ``environments:`` of the files to use.
         **settings: ``RunConfig`` keys that all trials share.
 
     Raises:
@@ -70,7 +72,8 @@ class Study:
         space: str | Path | Mapping[str, Any] | None = None,
         output: str | Path | None = None,
         metrics: Mapping[str, Callable[[Sequence[str], Sequence[str]], float]] | None = None,
-        config: str | Path | RunConfig | None = None,
+        config: str | Path | Sequence[str | Path] | RunConfig | None = None,
+        env: str | None = None,
         **settings: Any,
     ) -> None:
         from llmtune.study.trials import PRUNERS, SAMPLERS, require_sampler
@@ -91,9 +94,9 @@ class Study:
         if output is not None:
             given["output.dir"] = os.fspath(output)
         if not isinstance(config, RunConfig):
-            config = load_config(settings, file=config, where="study")
-        elif settings:
-            raise ConfigError("study", [f"got a RunConfig and also {', '.join(settings)}; give one of them"])
+            config = load_config(settings, file=config, env=env, where="study")
+        elif given_too := [*settings, *(["env"] if env else [])]:
+            raise ConfigError("study", [f"got a RunConfig and also {', '.join(given_too)}; give one of them"])
         self.config = _replaced(config, given)
         self._data, self._metrics = data, metrics
         self._trials, self._sampler, self._pruner, self._storage = trials, sampler, pruner, storage

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from llmtune.config import RunConfig
 from llmtune.planning import Plan
+from llmtune.registry import SCHEDULES, resolve_trackers
 
 
 def greater_is_better(config: RunConfig) -> bool:
@@ -41,6 +42,7 @@ def training_arguments(
         max_steps=plan.updates.value,
         learning_rate=plan.learning_rate.value,
         lr_scheduler_type=plan.schedule.value,
+        lr_scheduler_kwargs=_schedule_arguments(plan, config),
         warmup_steps=plan.warmup_updates.value,
         weight_decay=plan.weight_decay.value,
         max_grad_norm=plan.max_grad_norm.value,
@@ -72,11 +74,24 @@ def training_arguments(
         restore_callback_states_from_checkpoint=False,
         remove_unused_columns=False,
         include_num_input_tokens_seen="no",
-        report_to=list(config.monitor.report_to) or "none",
+        report_to=list(resolve_trackers(config.monitor.report_to)) or "none",
         disable_tqdm=True,
         seed=plan.seed.value,
         data_seed=plan.seed.value,
     )
+
+
+def optimizer_arguments(plan: Plan) -> dict[str, Any]:
+    """Keyword arguments of the optimizer's class beside learning rate and weight decay."""
+    return dict(plan.optimizer_arguments.value)
+
+
+def _schedule_arguments(plan: Plan, config: RunConfig) -> dict[str, Any]:
+    """Keyword arguments of the schedule; one that goes by evaluations is told which direction is better."""
+    arguments = dict(plan.schedule_arguments.value)
+    if SCHEDULES[plan.schedule.value].needs_evaluation:
+        arguments["mode"] = "max" if greater_is_better(config) else "min"
+    return arguments
 
 
 def _checkpointing(plan: Plan) -> dict[str, Any]:

@@ -197,7 +197,7 @@ def lay_schedule(optimizer: Any, scheduler: Any, args: TrainingArguments, kept: 
     """
     now = _schedule_of(args)
     if not isinstance(scheduler, LambdaLR):
-        if all(kept[name] == value for name, value in now.items() if name != "max_steps"):
+        if all(kept.get(name) == value for name, value in now.items() if name != "max_steps"):
             return  # it goes by what it sees, not by how long the run is
         raise ConfigError(
             "train.schedule",
@@ -242,7 +242,7 @@ def _kept_by(name: str, kept: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _schedule_of(args: TrainingArguments) -> dict[str, Any]:
-    names = ("learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps")
+    names = ("learning_rate", "lr_scheduler_type", "warmup_steps", "max_steps", "lr_scheduler_kwargs")
     values = {name: getattr(args, name) for name in names}
     kept: dict[str, Any] = _as_kept({name: getattr(value, "value", value) for name, value in values.items()})
     return kept

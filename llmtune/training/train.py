@@ -22,7 +22,7 @@ from llmtune.evaluation import Metric, prompts_of
 from llmtune.planning import Plan, PlanRequest
 from llmtune.runs import RunDirectory
 from llmtune.training.answers import Answers, attach_metrics, base_answers, tell_samples
-from llmtune.training.arguments import greater_is_better, metric_key, training_arguments
+from llmtune.training.arguments import greater_is_better, metric_key, optimizer_arguments, training_arguments
 from llmtune.training.comparison import BaseComparison
 from llmtune.training.continuity import Continuity, Cursor, find_best, has_ended
 from llmtune.training.divergence import DivergenceGuard
@@ -195,6 +195,7 @@ def _trainer(job: TrainingJob, stop: StopSignal, resume_from: Path | None) -> Up
         memory_guard=config.recover.memory_guard,
         asynchronous=config.save.asynchronous,
         compress_optimizer=config.save.compress_optimizer,
+        optimizer_arguments=optimizer_arguments(plan),
     )
     arguments = training_arguments(plan, config, checkpoints=run.checkpoints, evaluates=evaluates, resumes=resumes)
     trainer = UpdateTrainer(

@@ -24,7 +24,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -77,6 +77,7 @@ class LoopSettings:
         memory_guard: Whether passes on a CPU are guarded against the kernel.
         asynchronous: Whether checkpoints are written in the background, from a copy in host memory.
         compress_optimizer: Whether they keep the optimizer's state compressed.
+        optimizer_arguments: Keyword arguments of the optimizer's class.
     """
 
     global_batch_size: int
@@ -91,6 +92,7 @@ class LoopSettings:
     memory_guard: bool = True
     asynchronous: bool = False
     compress_optimizer: bool = False
+    optimizer_arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 class UpdateTrainer(CommittingTrainer):
@@ -204,6 +206,13 @@ class UpdateTrainer(CommittingTrainer):
 
     def _get_num_items_in_batch(self, batch_samples: list[Update], device: torch.device) -> None:
         """None: an update counts its own supervised tokens, see ``training_step``."""
+
+    # ------------------------------------------------------------------ the optimizer
+
+    def get_optimizer_cls_and_kwargs(self, args: TrainingArguments, model: Any = None) -> tuple[Any, dict[str, Any]]:
+        """Return the class of the optimizer, and its arguments: the Trainer's, replaced by those of the plan."""
+        kind, keywords = super().get_optimizer_cls_and_kwargs(args, model)
+        return kind, {**keywords, **self._settings.optimizer_arguments}
 
     # ------------------------------------------------------------------ one update
 

@@ -44,8 +44,10 @@ PLANNED = {
     "train.epochs": "epochs",
     "train.learning_rate": "learning_rate",
     "train.schedule": "schedule",
+    "train.schedule_arguments": "schedule_arguments",
     "train.weight_decay": "weight_decay",
     "train.optimizer": "optimizer",
+    "train.optimizer_arguments": "optimizer_arguments",
     "train.max_grad_norm": "max_grad_norm",
     "train.global_batch_size": "global_batch_size",
     "train.token_budget": "token_budget",
@@ -255,7 +257,7 @@ def planned(config: RunConfig, look: Outlook, report: DataReport) -> dict[str, P
 def _settable(plan: Plan) -> dict[str, Choice[Any]]:
     """The choices of a plan that a key could set as they are."""
     found = {key: getattr(plan, name) for key, name in PLANNED.items()}
-    unused = [key for key, choice in found.items() if choice.value is None]
+    unused = [key for key, choice in found.items() if choice.value is None or choice.value == {}]
     if plan.method.value == "full":
         unused += [key for key in found if key.startswith("adapter.")]
     if plan.method.value != "qlora":

@@ -31,7 +31,7 @@ _PHASES = {
 # Where a process is that waits for its loader, and the function there that takes what a worker sends.
 LOADER, _FROM_WORKERS = "torch.utils.data.dataloader", "_try_get_data"
 # The function of ours that calls the user's metrics.
-_CALLS_METRICS = "user_metrics.<locals>.measure"
+_CALLS_METRICS = "attach_metrics.<locals>.measure"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
