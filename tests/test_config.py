@@ -26,6 +26,7 @@ VALUES = {
     "data.eval_path": "e.jsonl",
     "data.format": "chat",
     "data.columns": {"prompt": "q"},
+    "data.ignore_columns": ["a", "b"],
     "data.text_rows": "lines",
     "data.max_length": 512,
     "data.sources": [{"path": "a.jsonl", "weight": 2.0, "format": "chat", "columns": {"messages": "turns"}}],

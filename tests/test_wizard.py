@@ -715,7 +715,7 @@ def test_columns_without_telling_names_are_asked_for(tmp_path: Path, terminal: C
     assert screen.end() == 0, screen.seen
     assert "not used: topic" in screen.seen
     config = load_config(file="llmtune.yaml", environ={})
-    assert config.data.columns == {"question": "body", "answer": "reply"}
+    assert config.data.columns == {"prompt": "body", "completion": "reply"}
 
 
 @pytest.mark.parametrize("key", ["\x03", "\x04"], ids=["Ctrl-C", "Ctrl-D"])

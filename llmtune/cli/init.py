@@ -160,9 +160,9 @@ def _columns(unknown: UnknownColumnsError, interview: Interview) -> Mapping[str,
     """Ask which columns are question and answer, or which one holds texts."""
     from llmtune.wizard import column_question
 
-    chosen = interview.ask(column_question("question", unknown, {}))
-    field = "answer" if chosen else "text"
-    if field == "answer" and len(unknown.columns) < 2:
+    chosen = interview.ask(column_question("prompt", unknown, {}))
+    field = "completion" if chosen else "text"
+    if chosen and len(unknown.columns) < 2:
         raise unknown
     return interview.ask(column_question(field, unknown, chosen.get("data.columns", {})))
 

@@ -52,6 +52,8 @@ _SYNONYMS: Mapping[str, tuple[str, ...]] = {
 }
 # Shapes whose required fields are looked for under other names, the plainest first.
 _GUESSED = ("chat", "sharegpt", "alpaca", "prompt_completion", "question_answer")
+# Further fields whose names and synonyms tell a column, where the person is asked to say what it is.
+_MEANS = {"prompt": "question", "completion": "answer", "text": ""}
 _OPTIONAL = ("system", "context", "input", "history", "tools", "functions")
 
 
@@ -159,9 +161,12 @@ def not_recognised(rows: Sequence[SourceRow]) -> UnknownColumnsError:
         place += f" To learn what is inside {listed(nested)}, write it as 'messages' with role and content."
     if not columns:
         shapes = "; ".join(dict.fromkeys(" + ".join(each.required) for each in FORMATS if each.trainable))
-        message = f"{place} No column holds text. Expected one of: {shapes}."
+        message = (
+            f"{place} No column holds text. Expected one of: {shapes}; columns of other names are given with "
+            "--set data.columns.prompt=COLUMN --set data.columns.completion=COLUMN."
+        )
         return UnknownColumnsError(message, columns={}, likely={})
-    likely = likely_columns(rows, [*columns], ("question", "answer") if len(columns) > 1 else ("text",))
+    likely = likely_columns(rows, [*columns], ("prompt", "completion") if len(columns) > 1 else ("text",))
     if first.file == "rows":
         command = f"FineTuner(rows, columns={likely})"
     else:
@@ -173,7 +178,12 @@ def not_recognised(rows: Sequence[SourceRow]) -> UnknownColumnsError:
 
 def likely_columns(rows: Sequence[SourceRow], texts: Sequence[str], fields: Sequence[str]) -> dict[str, str]:
     """Return a column for each field: one that is called so, else of the others the longest texts, in their order."""
-    told = {field: column for field in fields if (column := _column_of(field, texts)) is not None}
+    told: dict[str, str] = {}
+    for field in fields:
+        names = (_column_of(name, texts) for name in (field, _MEANS[field]) if name)
+        column = next((name for name in names if name is not None and name not in told.values()), None)
+        if column is not None:
+            told[field] = column
     left = [name for name in texts if name not in told.values()]
     longest = sorted(left, key=lambda name: -sum(len(str(row.value.get(name) or "")) for row in rows))
     missing = [field for field in fields if field not in told]

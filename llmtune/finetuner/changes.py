@@ -89,6 +89,7 @@ TABLE = (
             "data.sources",
             "data.format",
             "data.columns",
+            "data.ignore_columns",
             "data.text_rows",
             "data.max_length",
             "data.too_long",

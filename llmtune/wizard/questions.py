@@ -127,7 +127,7 @@ def data_question(names: Iterable[str]) -> Question:
 
 
 def column_question(field: str, unknown: UnknownColumnsError, taken: Mapping[str, str]) -> Question:
-    """Return the question which column holds ``field``: ``question``, ``answer`` or ``text``.
+    """Return the question which column holds ``field``: ``prompt``, ``completion`` or ``text``.
 
     Args:
         field: What is looked for.
@@ -135,8 +135,8 @@ def column_question(field: str, unknown: UnknownColumnsError, taken: Mapping[str
         taken: Columns that were chosen before, by field.
     """
     titles = {
-        "question": "Which column is the question?",
-        "answer": "Which column is the answer?",
+        "prompt": "Which column is the question?",
+        "completion": "Which column is the answer?",
         "text": "Which column holds the texts to learn?",
     }
     columns = {name: text for name, text in unknown.columns.items() if name not in taken.values()}
@@ -144,12 +144,12 @@ def column_question(field: str, unknown: UnknownColumnsError, taken: Mapping[str
         Option(name=name, cells=(shorten(text, _EXAMPLE_CHARS),), settings={"data.columns": {**taken, field: name}})
         for name, text in columns.items()
     ]
-    if field == "question":
+    if field == "prompt":
         options.append(Option(name=NO_QUESTION, cells=("the rows are texts, not questions and answers",), settings={}))
-    likely = unknown.likely.get(field, NO_QUESTION if field == "question" else options[0].name)
+    likely = unknown.likely.get(field, NO_QUESTION if field == "prompt" else options[0].name)
     return Question(
         title=titles[field],
-        explanation="The columns have no names that say what they are." if field == "question" else "",
+        explanation="The columns have no names that say what they are." if field == "prompt" else "",
         columns=("column", "the first text in it"),
         options=tuple(options),
         default=likely if likely in columns or likely == NO_QUESTION else options[0].name,
