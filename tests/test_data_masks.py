@@ -333,6 +333,30 @@ def test_plain_rows_are_rendered_as_transformers_does():
             )
 
 
+@pytest.mark.parametrize("extra", [{}, {"thinking": "hm"}, {"reasoning_content": "hm"}, {"odd": np.float32(0.5)}])
+def test_rows_with_tools_are_rendered_as_transformers_does(extra):
+    from llmtune.data.rendering import Renderer
+
+    tok = tokenizer("byte_level")
+    reads_all = TOOLS.replace("m['content']", "m['content'] ~ m.thinking ~ m.reasoning_content ~ m.odd")
+    call = {"type": "function", "function": {"name": "now", "arguments": {"zone": ["UTC", 1, None]}}}
+    messages = [
+        Message(role="user", content="time?", extra=extra).to_template(),
+        Message(role="assistant", content="", tool_calls=(call,)).to_template(),
+        Message(role="tool", content="noon", name="now").to_template(),
+    ]
+    for prompt in (False, True):
+        for tools in (None, ({"name": "now", "parameters": {}},)):
+            ours, _ = Renderer(tok, reads_all).render(messages, tools, prompt=prompt)
+            assert ours == tok.apply_chat_template(
+                messages,
+                chat_template=reads_all,
+                tools=None if tools is None else list(tools),
+                add_generation_prompt=prompt,
+                tokenize=False,
+            )
+
+
 def test_a_tokenizers_template_for_tools_is_used_for_rows_with_tools():
     import copy
 

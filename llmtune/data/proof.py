@@ -9,12 +9,10 @@ from dataclasses import replace
 from typing import Any
 
 from llmtune.data.records import Conversation, Message
-from llmtune.data.rendering import SpecialTokens, skip_space
+from llmtune.data.rendering import REASONING_FIELDS, SpecialTokens, skip_space
 from llmtune.data.shapes import function_of
 
 OTHER_TEMPLATE = "use a template that fits the data: --set data.chat_template=FILE"
-# Names under which a message may carry its reasoning (those that transformers passes on to templates).
-_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 # Marks of reasoning that a few tokenizers flag as special, and that answers hold by right.
 _REASONING_MARKS = frozenset({"<think>", "</think>", "[THINK]", "[/THINK]"})
 # A word such as /no_think, which SmolLM3 and others read as a switch; no part of a path.
@@ -195,7 +193,7 @@ def check_answer(message: Message, text: str, start: int, end: int) -> None:
 
 def reasoning(message: Message) -> Iterator[str]:
     """The pieces of reasoning that a message carries, in its fields and between the marks in its content."""
-    for field in _REASONING_FIELDS:
+    for field in REASONING_FIELDS:
         value = (message.extra or {}).get(field)
         if isinstance(value, str) and value.strip():
             yield value.strip()

@@ -10,6 +10,8 @@ from llmtune.errors import ConfigError
 
 Span = tuple[int, int]
 
+# Names under which a message may carry its reasoning (those that transformers passes on to templates).
+REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 
 
@@ -37,26 +39,31 @@ class Renderer:
         *,
         prompt: bool,
         variables: Mapping[str, Any] | None = None,
+        prepared: bool | None = None,
     ) -> tuple[str, list[Span]]:
         """Return the text, and the character ranges in it that the template marks as generated.
-
-        Messages of plain text go straight to the compiled template: transformers would prepare them first, which
-        changes nothing in plain text and costs as much as the template. The marks are left out of a ``prompt``.
 
         Args:
             messages: The messages as templates read them.
             tools: The tools that the template finds in its variable ``tools``.
-            prompt: Whether to end with the prompt of the next answer (``add_generation_prompt``).
+            prompt: Whether to end with the prompt of the next answer (``add_generation_prompt``). The marks are left
+                out of a prompt.
             variables: More variables for the template.
+            prepared: The answer of `is_prepared` for the same data, to save the time of asking.
 
         Raises:
             ConfigError: The template is not valid Jinja.
             Exception: Any error of the template.
         """
         compiled, base = self._compiled or self._compile()
-        if tools or variables or not all(len(message) == 2 for message in messages):
-            return self._render_prepared(messages, tools, prompt, variables or {})
-        context = compiled.new_context(base | {"messages": messages, "add_generation_prompt": prompt}, shared=True)
+        if not (is_prepared(messages, tools, variables) if prepared is None else prepared):
+            return self._prepare_and_render(messages, tools, prompt, variables or {})
+        values = {**base, "messages": messages, "add_generation_prompt": prompt}
+        if tools:
+            values["tools"] = list(tools)
+        if variables:
+            values |= variables
+        context = compiled.new_context(values, shared=True)
         if prompt or not self.has_marks:
             return "".join(compiled.root_render_func(context)), []
         blocks: list[str] = []
@@ -66,7 +73,7 @@ class Renderer:
                 blocks.append(block)
         return "".join(blocks), marks
 
-    def _render_prepared(
+    def _prepare_and_render(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None,
@@ -97,6 +104,31 @@ class Renderer:
         base = {**compiled.globals, **self._variables, "tools": None, "documents": None}
         self._compiled = (compiled, base)
         return self._compiled
+
+
+def is_prepared(
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
+    variables: Mapping[str, Any] | None,
+) -> bool:
+    """Return whether a template may read the data as it is: transformers' preparation would change nothing.
+
+    transformers copies everything into JSON types, and gives reasoning under two names, at the cost of a rendering.
+    """
+    if not tools and not variables and all(len(message) == 2 for message in messages):
+        return True
+    if any(field in message for message in messages for field in REASONING_FIELDS):
+        return False
+    return _is_json(messages) and _is_json(tools) and _is_json(variables)
+
+
+def _is_json(value: Any) -> bool:
+    kind = type(value)
+    if kind is dict:
+        return all(map(_is_json, value)) and all(map(_is_json, value.values()))
+    if kind is list or kind is tuple:
+        return all(map(_is_json, value))
+    return value is None or kind in (str, int, float, bool)
 
 
 def own_template(tokenizer: Any, tools: Sequence[Mapping[str, Any]] | None = None) -> str | None:

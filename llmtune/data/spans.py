@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 from llmtune.data.proof import (
@@ -31,7 +32,7 @@ from llmtune.data.proof import (
     without_stop_tokens,
 )
 from llmtune.data.records import Conversation, Message, Problem
-from llmtune.data.rendering import Renderer, Span, SpecialTokens, own_template, skip_space
+from llmtune.data.rendering import Renderer, Span, SpecialTokens, is_prepared, own_template, skip_space
 from llmtune.data.shapes import PLAIN, Given, Shape, other_shapes
 from llmtune.errors import ConfigError
 
@@ -136,14 +137,18 @@ class _Page:
         self._specials = specials
         self._shape = shape
         self._given = shape.give(chat)
+        self._prepared = is_prepared(self._given.messages, self._given.tools, self._given.variables)
         self._last = len(chat.messages) - 1
+        self._last_start = 0
         self.text, self._marks = self._render(self._last + 1, prompt=False)
 
     def _render(self, count: int, *, prompt: bool, given: Given | None = None) -> tuple[str, list[Span]]:
         """Return the first ``count`` messages as the template writes them, and its marks in them."""
         messages, tools, variables, lead = given or self._given
         try:
-            return self._renderer.render(messages[: count + lead], tools, prompt=prompt, variables=variables)
+            return self._renderer.render(
+                messages[: count + lead], tools, prompt=prompt, variables=variables, prepared=self._prepared
+            )
         except ConfigError:
             raise
         except Exception as error:  # a template is a foreign program and may raise anything
@@ -178,13 +183,11 @@ class _Page:
         """The spans of the answers ``wanted``, each from its generation prompt to the end of its stop token."""
         found: list[Span] = []
         marks = self._marks_of_turns() if self._renderer.has_marks else {}
-        closing = self._closing_of_last(marks.get(self._last, (0, 0))[0])
+        self._last_start = marks.get(self._last, (0, 0))[0]
         # From the last answer backwards: nothing follows it, so what closes it is known for certain.
         for i in reversed(wanted):
             try:
-                found.append(
-                    self._marked(i, marks[i], closing) if self._renderer.has_marks else self._derived(i, closing)
-                )
+                found.append(self._marked(i, marks[i]) if self._renderer.has_marks else self._derived(i))
             except TemplateRefusal as refusal:
                 earlier = i < self._last and self._last in wanted
                 if earlier and refusal.hint == OTHER_TEMPLATE and not refusal.of_shape:
@@ -206,7 +209,7 @@ class _Page:
             raise TemplateRefusal(f"the chat template marks {len(marks)} answers, the row has {len(turns)}")
         return dict(zip(turns, marks, strict=True))
 
-    def _marked(self, i: int, mark: Span, closing: str | None) -> Span:
+    def _marked(self, i: int, mark: Span) -> Span:
         """Return the span of an answer that the template marks, without the text that the generation prompt supplies.
 
         A mark may begin before the end of the generation prompt (the header, or an empty thought in SmolLM3): the model
@@ -221,9 +224,9 @@ class _Page:
         if stop is None and i == self._last:
             stop = self._specials.group_end(self.text, bare, len(self.text))
         elif stop is None:
-            stop = self._closed_as_last(bare, closing)
+            stop = self._closed_as_last(bare)
         if stop is None:
-            raise _no_stop(self.text, bare, closing)
+            raise _no_stop(self.text, bare, self._closing)
         if start == supplied:
             self._check_opening(i, start, stop)
         return start, stop
@@ -239,15 +242,14 @@ class _Page:
           closes at once, or leaves out): the end of what both have in common, at the border of a tag.
         - The messages before differ too: refused, as with templates that mark nothing.
         """
-        start, end = mark
-        content = self._chat.messages[i].content.strip()
         try:
             prompt = self._render(i, prompt=True)[0]
         except TemplateFailure:
             # Some templates demand a message of the user. Nothing supplied is learned where the mark begins with the
             # answer itself.
-            if content and self.text.startswith(content, skip_space(self.text, start), end):
-                return start
+            content = self._chat.messages[i].content.strip()
+            if content and self.text.startswith(content, skip_space(self.text, mark[0]), mark[1]):
+                return mark[0]
             raise
         if self.text.startswith(prompt):
             return len(prompt)
@@ -266,7 +268,7 @@ class _Page:
 
     # ── templates that do not ────────────────────────────────────────────────────────────────────────────────────
 
-    def _derived(self, i: int, closing: str | None) -> Span:
+    def _derived(self, i: int) -> Span:
         if i == 0:
             raise TemplateRefusal("the conversation begins with the assistant, so no prompt leads to that answer")
         message, prompt = self._chat.messages[i], self._render(i, prompt=True)[0]
@@ -276,7 +278,7 @@ class _Page:
         if i == self._last:
             stop = self._ending(self.text, start, message)[1]
         else:
-            stop = self._plain_end(start, message, closing) or self._end_as_last(i, start, closing)
+            stop = self._plain_end(start, message) or self._end_as_last(i, start)
         self._check_opening(i, start, stop)
         return start, stop
 
@@ -289,20 +291,20 @@ class _Page:
             raise _no_stop(text, bare, None)
         return bare, stop
 
-    def _plain_end(self, start: int, message: Message, closing: str | None) -> int | None:
+    def _plain_end(self, start: int, message: Message) -> int | None:
         """The end of the stop token where nothing but the content stands before what closes the last answer."""
-        if closing is None or message.tool_calls:
+        if message.tool_calls:
             return None
         content = message.content.strip()
         at = skip_space(self.text, start)
         if not self.text.startswith(content, at):
             return None
-        stop = self._closed_as_last(at + len(content), closing)
+        stop = self._closed_as_last(at + len(content))
         if stop is not None:
             check_answer(message, self.text, start, at + len(content))
         return stop
 
-    def _end_as_last(self, i: int, start: int, closing: str | None) -> int:
+    def _end_as_last(self, i: int, start: int) -> int:
         """The end of the stop token, taken from what the template writes when the conversation ends with turn ``i``."""
         message, alone = self._chat.messages[i], self._render(i + 1, prompt=False)[0]
         bare, stop = self._ending(alone, start, message)
@@ -322,11 +324,13 @@ class _Page:
             if self.text.startswith(alone[bare:stop], end):
                 return end + stop - bare
             stop = self._specials.before(alone, stop)
-        raise _no_stop(self.text, end, closing)
+        raise _no_stop(self.text, end, self._closing)
 
     def _check_opening(self, i: int, start: int, stop: int) -> None:
         """Refuse a template that ignores ``add_generation_prompt``, so that its header would be learned."""
         content = self._chat.messages[i].content.strip()
+        if self.text.startswith(content, start):
+            return
         if content not in self.text[start:stop]:
             content = content.rpartition("</think>")[2].strip()
         before = self.text[start : self.text.find(content, start, stop)].strip() if content else ""
@@ -340,15 +344,16 @@ class _Page:
     def _bare_end(self, start: int, end: int) -> int:
         return self._specials.bare_end(self.text, start, end)
 
-    def _closing_of_last(self, start: int) -> str | None:
+    @cached_property
+    def _closing(self) -> str | None:
         """The special tokens that follow the last answer, None where there are none."""
-        bare = self._bare_end(start, len(self.text))
+        bare = self._bare_end(self._last_start, len(self.text))
         stop = self._specials.group_end(self.text, bare, len(self.text))
         return None if stop is None else self.text[bare:stop].strip()
 
-    def _closed_as_last(self, end: int, closing: str | None) -> int | None:
-        """The end of ``closing`` where it follows after at most whitespace."""
-        at = skip_space(self.text, end)
+    def _closed_as_last(self, end: int) -> int | None:
+        """Return the end of what closes the last answer, where it follows ``end`` after at most whitespace."""
+        at, closing = skip_space(self.text, end), self._closing
         return at + len(closing) if closing and self.text.startswith(closing, at) else None
 
 
