@@ -252,6 +252,16 @@ def test_a_call_that_loses_anything_is_refused_learned_or_not(name, answer, reas
         assert re.search(reason, found) or (tools and re.search("leaves out", found)), found
 
 
+def test_the_refusal_of_the_shape_that_got_furthest_is_reported():
+    reads_key = PLACES["text in the system message"]
+    row = chat(user("a"), assistant("", tool_calls=(CALL,)), Message(role="tool", content="noon"), assistant("b"))
+    result = encode(reads_key, replace(row, tools=TOOLS))
+    assert "leaves out the call of the tool 'now'" in result.problem, "not the tools: the system message has them"
+    assert "in the model's own form" in result.hint
+    joins = turns(CALLS["joined with +"]) + "</s>"
+    assert "refuses the row" not in problem(joins.replace("<|im_end|>", "|"), ONE_CALL)
+
+
 def test_a_call_without_arguments_is_proven_too():
     call = {"type": "function", "function": {"name": "now", "arguments": {}}}
     row = chat(user("now?"), assistant("", tool_calls=(call,)), Message(role="tool", content="x"), assistant("now"))

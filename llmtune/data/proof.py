@@ -220,7 +220,11 @@ def check_calls(message: Message, text: str, start: int, end: int, *, mark: str 
         function = function_of(call)
         name, arguments = function.get("name"), function.get("arguments")
         if isinstance(name, str) and text.find(name + mark, start, end) < 0:
-            raise TemplateRefusal(f"the chat template leaves out the call of the tool {name!r}", of_shape=True)
+            raise TemplateRefusal(
+                f"the chat template leaves out the call of the tool {name!r}",
+                hint=f"write the call into the content in the model's own form, or {OTHER_TEMPLATE}",
+                of_shape=True,
+            )
         if arguments and isinstance(arguments, Mapping) and text.find(str(dict(arguments)), start, end) >= 0:
             raise TemplateRefusal(
                 f"the chat template writes the arguments of the call of {name!r} as Python, expected JSON",

@@ -1,10 +1,10 @@
 """Where the answers are in the text that a chat template writes.
 
 An answer's span is what the model will have to write at inference: from the end of the generation prompt to the end
-of the stop token. A template that marks its answers (``{% generation %}``) says so itself; any other is asked twice,
-for the whole text and for the prompt of each answer, and the prompt must be how the text begins. The answer ends with
-the special tokens that follow its text; those after an earlier answer must be those after the last one, or those that
-the template would write if the conversation ended there.
+of the stop token. The text is rendered whole and once more for the prompt of each answer, and the prompt must be how
+the text begins. The answer ends with the special tokens that follow its text; those after an earlier answer must be
+those after the last one, or those that the template would write if the conversation ended there. A template that marks
+its answers (``{% generation %}``) may leave out more of an answer's beginning, but never add what the prompt supplies.
 """
 
 from __future__ import annotations
@@ -358,7 +358,12 @@ class _Page:
 
 
 def _progress(refusal: TemplateRefusal) -> int:
-    return 0 if isinstance(refusal, TemplateFailure) else 1 if refusal.of_shape else 2
+    """Return how far the proof got before it refused the row: the template, the tools, the calls, all the rest."""
+    if isinstance(refusal, TemplateFailure):
+        return 0
+    if refusal.of_shape:
+        return 1 if refusal.field == "tools" else 2
+    return 3
 
 
 def supervised_turns(chat: Conversation, supervise: Supervise) -> list[int]:
