@@ -62,7 +62,7 @@ def doctor(as_json: Json = False) -> None:
 
 
 def _settings(settings: Mapping[str, Mapping[str, Availability]]) -> list[tuple[str, str, str]]:
-    """Rows of a table: names that need the same stand together."""
+    """Return the rows of a table; names that need the same share a row."""
     rows = []
     for key, names in settings.items():
         alike: dict[tuple[bool, str], list[str]] = {}

@@ -126,7 +126,7 @@ def _usage_error(error: typer.TyperException, group: Any) -> ConfigError:
 
 
 def _as_a_key(option: str) -> str | None:
-    """What to do with an option that is a key of the configuration, or another toolkit's name of one."""
+    """Return the hint for an option that is a key of the configuration or another toolkit's name of a key."""
     from llmtune.config.aliases import HINTS, plain_name
     from llmtune.config.load import resolve_key
 

@@ -1,4 +1,4 @@
-"""Names that people bring from other toolkits: read as a key of llmtune, or answered with the one right hint.
+"""Names of other toolkits' settings: aliases of keys of llmtune, and hints for names without an equivalent key.
 
 A name is read as another key only where both mean the same; every such reading is said once. A name that means
 something else, or that llmtune has no setting for, is an error whose hint says what to do.

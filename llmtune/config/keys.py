@@ -41,7 +41,7 @@ def is_text(key: str) -> bool:
 
 
 def _mapping_of(key: str) -> str | None:
-    """The mapping that a full key is an entry of; None where it is no entry."""
+    """Return the mapping that a full key is an entry of; None where it is no entry."""
     return next((mapping for mapping in MAPPING_KEYS if key.startswith(f"{mapping}.")), None)
 
 
@@ -55,7 +55,7 @@ def resolve_key(key: str) -> str:
 
 
 def read_key(key: str) -> tuple[str, Alias | None]:
-    """The full key, and the alias that it was read by: another toolkit's name of the same setting.
+    """Return the full key, and the alias that it was read by: another toolkit's name of the same setting.
 
     Raises:
         ValueError: The key is unknown (the nearest one is named), is another toolkit's name of something else (what
@@ -87,7 +87,7 @@ def read_key(key: str) -> tuple[str, Alias | None]:
 
 
 def _plain(key: str) -> str:
-    """A key with group and leaf in small letters and underscores; entries of mappings stay as they are."""
+    """Return the key with group and leaf in small letters and underscores; entries of mappings stay unchanged."""
     first, *rest = key.strip().split(".", 2)
     first = plain_name(first)
     if rest and first in RunConfig.model_fields:
@@ -96,7 +96,7 @@ def _plain(key: str) -> str:
 
 
 def _of_other_toolkits(key: str, name: str, *, group: str | None) -> tuple[str, Alias | None]:
-    """The key that another toolkit's name stands for; ``name`` is the key without its group.
+    """Return the key that another toolkit's name stands for; ``name`` is the key without its group.
 
     Raises:
         ValueError: There is no such name, or it means something else.
@@ -116,7 +116,7 @@ def _of_other_toolkits(key: str, name: str, *, group: str | None) -> tuple[str, 
 
 
 def _nearest_of_all(key: str) -> str:
-    """What an unknown key was most likely meant to be, other toolkits' names included."""
+    """Return the hint for an unknown key: the nearest key or the nearest name of another toolkit."""
     known = _fields()
     match = nearest(key, [*known, *(full.split(".")[1] for full in known), *ALIASES, *HINTS])
     if match is None:

@@ -1,4 +1,4 @@
-"""Where a configuration came from."""
+"""Origin of a configuration: its files and its environment."""
 
 from __future__ import annotations
 

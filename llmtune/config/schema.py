@@ -40,7 +40,7 @@ Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 def _argument(value: Any) -> Any:
-    """One argument of an optimizer or a schedule: ``1e-4``, which YAML 1.1 takes for a text, becomes a number."""
+    """Convert one argument of an optimizer or a schedule: the text ``1e-4`` of YAML 1.1 becomes a number."""
     if isinstance(value, str):
         number = _number(value)
         return number if isinstance(number, float) and math.isfinite(number) else value

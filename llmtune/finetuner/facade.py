@@ -203,6 +203,8 @@ class FineTuner:
         """
         run = RunDirectory.open(run_dir)
         config = continuing.configuration_of(run, settings, flags)
+        for note in config.origin.notes:
+            speaker.say(note)
         output = config.output.model_copy(update={"dir": str(run.path)})
         tuner = cls(data, config=config.model_copy(update={"output": output}), callbacks=callbacks, metrics=metrics)
         tuner._continues = True

@@ -224,7 +224,7 @@ def plan_of(config: RunConfig, machine: Machine, model: Model, data: Data, *, pr
 
 
 def _download(config: RunConfig, machine: Machine, model: Model) -> Download | None:
-    """What of the model has to be fetched to train there."""
+    """Return the download that a run of the model needs; None where the weights are on this disk."""
     location = model.location
     return download_of(
         model.spec,
@@ -265,7 +265,7 @@ def plan_request(
 
 
 def _begun(config: RunConfig, inputs: Inputs) -> Choice[str] | None:
-    """The model that the run of this very command was begun with; None where there is no such run.
+    """Return the model that the run of this command was begun with; None where there is no such run.
 
     Free memory and measured rates differ from start to start. The choice must not: the run would never be found again.
     With ``--output`` the run there is meant, whatever else has changed; without, an unfinished run of the same data and
@@ -290,7 +290,7 @@ def _begun(config: RunConfig, inputs: Inputs) -> Choice[str] | None:
 
 
 def _steady(machine: Machine) -> Machine:
-    """The same machine with its free memory rounded down, for a choice that the same command makes again."""
+    """Return the machine with its free memory rounded down, so that the same command makes the same choice."""
     device = machine.device
     step = device.total_bytes // MEMORY_STEPS
     if device.free_bytes < step or step == 0:
@@ -299,7 +299,7 @@ def _steady(machine: Machine) -> Machine:
 
 
 def _choose_entry(config: RunConfig, machine: Machine, inputs: Inputs) -> Choice[str]:
-    """The best catalogue entry for this data; free memory counts in steps, unless nothing fits then."""
+    """Return the best catalogue entry for this data; free memory counts in steps, unless nothing fits then."""
     steady = _steady(machine)
     try:
         return _best_entry(config, steady, inputs)

@@ -259,12 +259,12 @@ def _unused(inputs: Inputs, names: Sequence[str]) -> tuple[str, ...]:
 
 
 def num_held_out(rows: int, share: float) -> int:
-    """Rows that `llmtune.data.split` holds out of so many, where no row repeats another."""
+    """Return the number of rows that `llmtune.data.split` holds out, where no row repeats another."""
     return min(max(1, round(rows * share)), max(1, rows // 2)) if share > 0 and rows > 1 else 0
 
 
 def _without(stats: DataStats, share: float) -> DataStats:
-    """The statistics when this share of the rows is held out; their lengths are spread as those of all rows."""
+    """Return the statistics without the held-out share of the rows; the lengths keep their distribution."""
     counts = ("rows", "tokens", "supervised_tokens")
     return replace(stats, **{name: round(getattr(stats, name) * (1 - share)) for name in counts})
 

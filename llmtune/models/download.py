@@ -1,4 +1,4 @@
-"""What of a model's weights still has to come from the Hub, and whether its cache has room for them."""
+"""Size of the weights that are missing in the Hub's cache, and the free disk space there."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def download_of(
 
 
 def _missing_share(model_id: str, revision: str | None, cache: Path) -> float:
-    """Share of the weight files that are not in the cache, 0 to 1."""
+    """Return the share of the weight files that are not in the cache, 0 to 1."""
     if not (cache / f"models--{model_id.replace('/', '--')}").is_dir():
         return 1.0  # found out without loading the client, which takes a tenth of a second
     from huggingface_hub import try_to_load_from_cache

@@ -27,7 +27,7 @@ DECAY_SHARE = 0.2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Course:
-    """What the arguments of a schedule depend on.
+    """Facts that the arguments of a schedule depend on.
 
     Attributes:
         learning_rate: The peak.
@@ -49,7 +49,7 @@ Defaults = dict[str, tuple[Any, str]]
 
 
 def choose_optimizer_arguments(request: PlanRequest, optimizer: str) -> Choice[Mapping[str, Any]]:
-    """Arguments of the optimizer beside learning rate and weight decay."""
+    """Choose the arguments of the optimizer, without learning rate and weight decay."""
     described, asked = OPTIMIZERS[optimizer], request.config.train.optimizer_arguments
     values = {**described.defaults, **asked}
     if not values:
@@ -62,7 +62,7 @@ def choose_optimizer_arguments(request: PlanRequest, optimizer: str) -> Choice[M
 
 
 def choose_schedule_arguments(request: PlanRequest, schedule: str, course: Course) -> Choice[Mapping[str, Any]]:
-    """Arguments of the schedule beside warm-up and length.
+    """Choose the arguments of the schedule, without warm-up and length.
 
     Raises:
         ConfigError: The schedule cannot be followed with the arguments that were given.
@@ -129,7 +129,7 @@ def _refusal(schedule: str, values: Mapping[str, Any], course: Course) -> str | 
 
 
 def _contradictions(schedule: str, values: Mapping[str, Any], course: Course) -> list[str]:
-    """Values that the schedule takes and that would have no effect, or another one than they say."""
+    """Return one sentence for each value that the schedule takes but cannot follow in this run."""
     peak, problems = course.learning_rate, []
     if schedule == "warmup_stable_decay" and (course.warmup + values["num_decay_steps"] > course.updates):
         problems.append(
@@ -151,7 +151,7 @@ def _contradictions(schedule: str, values: Mapping[str, Any], course: Course) ->
 
 
 def _waits(course: Course) -> tuple[int, str]:
-    """Evaluations that a schedule waits for, fewer than early stopping does."""
+    """Return the number of evaluations that a schedule waits for (fewer than early stopping), and the reason."""
     if course.patience is None:
         return 1, "the learning rate changes at the second evaluation in a row"
     waits = max(0, min(1, course.patience - 2))

@@ -200,9 +200,9 @@ class Plan:
             )
 
     def download_shortage(self) -> str | None:
-        """What the disk lacks to hold the weights, and the checkpoints where they go to the same one; None if nothing.
+        """Return the message about a disk that cannot hold the weights; None where it can.
 
-        A plan says it and `train` refuses to start: nothing has to be there yet for a plan.
+        Checkpoints and result count too where they go to the same disk. `plan` warns, `train` refuses to start.
         """
         wanted = self.download
         if wanted is None or wanted.free_bytes is None:

@@ -56,7 +56,7 @@ def argument_problems(
 
 
 def optimizer_refusal(factory: str, arguments: Mapping[str, Any]) -> str | None:
-    """Make the optimizer for one weight, and return what it says against the arguments; None where it takes them."""
+    """Build the optimizer for one weight; return its objection to the arguments, or None."""
     import torch
 
     try:
@@ -71,7 +71,7 @@ def optimizer_refusal(factory: str, arguments: Mapping[str, Any]) -> str | None:
 def schedule_refusal(
     name: str, arguments: Mapping[str, Any], *, learning_rate: float, warmup: int, updates: int
 ) -> str | None:
-    """Make the schedule for one weight, and return what is wrong with it; None where it can be followed to its end."""
+    """Build the schedule for one weight and follow it to its end; return the problem, or None."""
     import torch
     from transformers import get_scheduler
 

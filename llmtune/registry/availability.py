@@ -1,4 +1,4 @@
-"""Which optimizers, schedules and trackers can be used here, as ``llmtune doctor`` lists them."""
+"""Availability of optimizers, schedules and trackers, as ``llmtune doctor`` lists it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llmtune.registry.trackers import TRACKERS
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Availability:
-    """Whether a name can be used, and what it needs; ``needs`` is empty where nothing has to be there."""
+    """Availability of a name. ``why`` is the reason; ``needs`` is empty where the name needs nothing."""
 
     available: bool
     why: str

@@ -34,7 +34,7 @@ class Package:
 
     @property
     def is_installed(self) -> bool:
-        """Whether a module of the package can be found in a version that works; nothing is imported."""
+        """True if a module of the package can be found in a version that works; nothing is imported."""
         return any(map(_is_found, self.modules)) and self._is_new_enough
 
     @property
@@ -65,7 +65,7 @@ class Credential:
 
     @property
     def is_set(self) -> bool:
-        """Whether a variable or a file holds the credential."""
+        """True if a variable or a file holds the credential."""
         return credential_is_set(self.variables, self.files)
 
 
@@ -75,7 +75,7 @@ def missing_packages(packages: Iterable[Package]) -> tuple[Package, ...]:
 
 
 def _is_found(module: str) -> bool:
-    """Whether a module can be imported. A folder without code, such as ``wandb/`` with logs, does not count."""
+    """Return True if the module can be imported. A folder without code, such as ``wandb/`` with logs, is no module."""
     try:
         spec = importlib.util.find_spec(module)
     except (ImportError, ValueError):

@@ -95,6 +95,8 @@ class Study:
             given["output.dir"] = os.fspath(output)
         if not isinstance(config, RunConfig):
             config = load_config(settings, file=config, env=env, where="study")
+            for note in config.origin.notes:
+                speaker.say(note)
         elif given_too := [*settings, *(["env"] if env else [])]:
             raise ConfigError("study", [f"got a RunConfig and also {', '.join(given_too)}; give one of them"])
         self.config = _replaced(config, given)

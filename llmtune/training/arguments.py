@@ -82,12 +82,12 @@ def training_arguments(
 
 
 def optimizer_arguments(plan: Plan) -> dict[str, Any]:
-    """Keyword arguments of the optimizer's class beside learning rate and weight decay."""
+    """Return the keyword arguments of the optimizer's class, without learning rate and weight decay."""
     return dict(plan.optimizer_arguments.value)
 
 
 def _schedule_arguments(plan: Plan, config: RunConfig) -> dict[str, Any]:
-    """Keyword arguments of the schedule; one that goes by evaluations is told which direction is better."""
+    """Return the keyword arguments of the schedule; a schedule that uses evaluations gets the metric's direction."""
     arguments = dict(plan.schedule_arguments.value)
     if SCHEDULES[plan.schedule.value].needs_evaluation:
         arguments["mode"] = "max" if greater_is_better(config) else "min"
