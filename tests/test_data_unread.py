@@ -129,6 +129,13 @@ def test_pictures_and_sounds_are_refused(row: dict[str, Any], column: str) -> No
         assert record_of(row | {column: nothing}).unused == ()
 
 
+@pytest.mark.parametrize("column", ["image", "images", "videos", "audio"])
+def test_pictures_and_sounds_of_a_turn_are_refused(column: str) -> None:
+    turns = [CHAT[0] | {column: ["a.png"]}, CHAT[1]]
+    assert refused({"messages": turns}).field == f"messages[0].{column}"
+    assert record_of({"messages": [CHAT[0] | {column: []}, CHAT[1]]}).extra_keys == ()
+
+
 @pytest.mark.parametrize("fields", [{"role": "prompter"}, {"replies": [{"text": "b"}]}, {"parent_id": "x"}])
 def test_a_message_of_a_tree_is_no_document(fields: dict[str, Any]) -> None:
     row = {"text": "Where is Lima?", **fields}

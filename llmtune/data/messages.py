@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from llmtune.data.records import Conversation, Message, SourceRow
 from llmtune.data.reporter import (
+    MEDIA,
     NO_TEXT,
     RowReporter,
     holds_text,
@@ -301,7 +302,9 @@ def _extra(value: Mapping[str, Any], thought: str, report: RowReporter, path: st
     extra = {}
     for key in value.keys() - _READ_KEYS:
         item = without_nulls(value[key])
-        if not is_blank(item):
+        if key in MEDIA and not is_blank(item):
+            report.add(f"{path}.{key}", f"the turn has '{key}', and only text can be trained", "remove the row")
+        elif not is_blank(item):
             extra[key] = item
             if key not in _TEMPLATE_KEYS and holds_text(item):
                 report.extra_keys[f"{_shape(path)}.{key}"] = None

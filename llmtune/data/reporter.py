@@ -16,6 +16,8 @@ from llmtune.data.strict_json import code_point
 
 # Control characters that no text needs (C0 without tab and line ends, DEL), and lone surrogates, which are no text.
 NO_TEXT = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
+# Only text is trained: an answer about a picture cannot be learned from its text alone.
+MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 # A cell longer than this is not evaluated as a Python literal.
 _MOST_LITERAL_CHARS = 1 << 20
 # Types of values that hold nothing of numpy or pandas; floats may be NaN.

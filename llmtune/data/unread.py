@@ -9,10 +9,8 @@ from typing import Any
 
 from llmtune.data.conversions import verdict
 from llmtune.data.formats import Format
-from llmtune.data.reporter import RowReporter, holds_text, is_blank
+from llmtune.data.reporter import MEDIA, RowReporter, holds_text, is_blank
 
-# Only text is trained: an answer about a picture cannot be learned from its text alone.
-_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 # Numbers under these names say whether or how much a row counts.
 _WEIGHTS = frozenset(
     ("label", "labels", "weight", "loss_weight", "train", "training", "loss", "score", "rating", "reward")
@@ -35,7 +33,7 @@ def note_unread(row: Mapping[str, Any], format: Format, report: RowReporter, *, 
         if isinstance(value, str) and (not value or value.isspace()):
             continue
         name = column.strip().lower()
-        if name in _MEDIA and not is_blank(value):
+        if name in MEDIA and not is_blank(value):
             report.add(
                 column,
                 f"the row has '{column}', and only text can be trained",
