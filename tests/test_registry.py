@@ -348,8 +348,8 @@ def test_all_and_none_are_words_for_trackers() -> None:
     assert resolve_trackers(["all"]) == tuple(name for name, one in TRACKERS.items() if one.problem() is None)
     (notice,) = [text for text in planned(report_to=["all"]).notices if "report_to" in text]
     assert all(name in notice for name in resolve_trackers(["all"]))
-    (problem,) = problems(report_to=["all", "tensorboard"])
-    assert problem == "monitor.report_to: got 'all' and other names; give it alone"
+    found = problems(report_to=["all", "tensorboard"])  # and what tensorboard needs, where it is not installed
+    assert "monitor.report_to: got 'all' and other names; give it alone" in found
     (problem,) = problems(report_to=["tensorbord"])
     assert problem == "monitor.report_to: got 'tensorbord', did you mean 'tensorboard'?"
 
