@@ -14,9 +14,12 @@ from typing import Any
 import pytest
 from cgroups import MemoryGroup, NoMemoryGroupError, memory_group
 from factories import DIRECTORY_NAMES, save_family_model
+from hypothesis import settings
 
 from llmtune.hardware import yield_cores
 
+settings.register_profile("llmtune", deadline=None)  # a test never asserts on the time that a busy machine takes
+settings.load_profile("llmtune")
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub, which reads it once
 yield_cores()  # before torch is imported: tests start processes that share the cores
 # A shell starts what it puts into the background with SIGINT ignored, and so are all that this starts; tests send it.

@@ -423,7 +423,7 @@ def test_no_colour_outside_a_terminal():
 def test_doctor_json():
     done = program("doctor", "--json")
     assert done.returncode == 0
-    assert json.loads(done.stdout).keys() == {"hardware", "versions", "usable", "problems"}
+    assert json.loads(done.stdout).keys() == {"hardware", "versions", "usable", "problems", "settings"}
     Path("machine.json").write_text(done.stdout)
     Path("rows.jsonl").write_text(ROWS)
     planned = program("plan", "rows.jsonl", "--model", "builtin:tiny", "--hardware", "machine.json", "--json")

@@ -433,3 +433,25 @@ def test_a_text_anywhere_is_read_or_named_or_the_row_refused(data: st.DataObject
     names = (*record.unused, *record.extra_keys)
     told = place[-1] if place[-1] != "+" else key
     assert MARK in read_texts or any(str(told) in name or str(place[0]) in name for name in names), (place, key, names)
+
+
+# ── where it is said ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_check_plan_train_and_the_report_name_what_is_not_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "d.jsonl"
+    rows = [{"question": f"What is {n}?", "answer": f"{n}.", "topic": "sums", "author": "me"} for n in range(20)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    model = ("--model", "builtin:tiny", "--set", "data.ignore_columns=author")
+    for command in (("check",), ("check", *model), ("plan", *model)):
+        assert main([command[0], str(file), *command[1:]]) == 0
+        said = capsys.readouterr()
+        assert "topic" in said.out + said.err
+        assert ("author" in said.out + said.err) == (command == ("check",))
+    run = tmp_path / "run"
+    assert main(["train", str(file), *model, "--max-steps", "1", "--set", "probe=false", "--output", str(run)]) == 0
+    assert "data: not used: topic\n" in capsys.readouterr().err
+    assert json.loads((run / "data_report.json").read_text())["unused_columns"] == ["topic"]
+    assert "Not used: topic." in (run / "report.html").read_text(encoding="utf-8")

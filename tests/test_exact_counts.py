@@ -246,15 +246,17 @@ class Scored(TrainerCallback):
         self.updates: list[int] = []
         self.evaluations: list[int] = []
         self._now = 0
-        upstream = head_module.supervised_loss
+        for name in ("supervised_loss", "supervised_losses"):  # of an update, of an evaluation
+            patch.setattr(head_module, name, self._counting(getattr(head_module, name)))
 
-        def counting(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, **how: Any) -> torch.Tensor:
+    def _counting(self, upstream: Callable[..., Any]) -> Callable[..., Any]:
+        def counting(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, **how: Any) -> Any:
             assert len(hidden) == len(labels)
             assert not (labels == IGNORED).any()
             self._now += len(hidden)
             return upstream(hidden, weight, labels, **how)
 
-        patch.setattr(head_module, "supervised_loss", counting)
+        return counting
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self._now = 0
