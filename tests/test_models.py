@@ -8,7 +8,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from factories import ARCHITECTURES, FAMILIES, PRESETS, TIED, family_config, save_family_model, tiny_tokenizer
+from factories import (
+    ARCHITECTURES,
+    FAMILIES,
+    PRESETS,
+    TIED,
+    WIDE_HEADS,
+    WITHOUT_TEMPLATE,
+    family_config,
+    save_family_model,
+    tiny_tokenizer,
+)
 from safetensors.torch import load_file, save_file
 
 from llmtune.builtin import tiny_path
@@ -105,7 +115,12 @@ def test_a_copy_under_another_name_is_recognised_by_its_shape(tmp_path):
     assert preset_of(located(tmp_path / "base")).family == "tinyllama"
     config.num_hidden_layers = 3
     config.save_pretrained(tmp_path / "base")
-    assert preset_of(located(tmp_path / "base")).family == "generic"
+    assert preset_of(located(tmp_path / "base")).family == "llama"
+
+
+def test_a_copy_of_the_builtin_model_is_recognised_by_its_shape(tmp_path):
+    shutil.copytree(tiny_path(), tmp_path / "Llama-like")
+    assert preset_of(located(tmp_path / "Llama-like")).family == "tiny"
 
 
 def test_the_builtin_model():
@@ -215,7 +230,7 @@ def test_spec_is_exact(family_model, family):
     assert (spec.shape.hidden, spec.shape.layers, spec.context) == (32, 2, 512)
     assert spec.shape.gated_mlp == (family != "phi")
     assert spec.shape.tied_head == (family in TIED)
-    assert spec.shape.head_dim == (16 if family == "qwen3" else 8)
+    assert spec.shape.head_dim == (16 if family in WIDE_HEADS else 8)
 
 
 def test_reading_a_spec_takes_no_memory_for_weights(tmp_path):
@@ -293,7 +308,7 @@ def test_tokenizers_have_stop_and_padding(family_model, family):
     tokenizer = load_tokenizer(located(family_model(family)))
     assert tokenizer.eos_token_id == 1
     assert tokenizer.pad_token_id == 2
-    assert (tokenizer.chat_template is None) == (family in ("phi", "mistral"))
+    assert (tokenizer.chat_template is None) == (family in WITHOUT_TEMPLATE)
 
 
 def test_a_chat_template_of_your_own(family_model):

@@ -67,7 +67,7 @@ def model_of_shape(model_type: str, shape: ModelShape) -> Any:
         "tie_word_embeddings": shape.tied_head,
         "pad_token_id": 0,
     }
-    if model_type in ("llama", "mistral", "qwen3"):
+    if model_type not in ("phi", "phi3", "qwen2"):
         settings["head_dim"] = shape.head_dim
     return build_model(model_type, **settings)
 
@@ -99,7 +99,7 @@ def read(tmp_path: Path, content: object) -> Preset:
 
 
 def test_the_expected_families_are_there() -> None:
-    assert {"tinyllama", "phi", "mistral", "qwen", "tiny"} <= set(NAMED)
+    assert {"tinyllama", "llama", "gemma", "phi", "mistral", "qwen", "tiny"} <= set(NAMED)
     assert FAMILIES[-1] == "generic"
 
 
@@ -292,9 +292,23 @@ def test_catalogued_models_are_recognised_by_name_and_by_shape(entry: CatalogueE
         ("llama", "LlamaForCausalLM", "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", "tinyllama"),
         ("llama", "LlamaForCausalLM", "someone/tiny_llama-chat", "tinyllama"),
         ("llama", "LlamaForCausalLM", "C:\\models\\TinyLlama-1.1B\\", "tinyllama"),
-        ("llama", "LlamaForCausalLM", "meta-llama/Llama-3.2-1B", "generic"),
-        ("llama", "LlamaForCausalLM", "runs/tinyllama/merged", "generic"),
-        ("llama", None, None, "generic"),
+        ("llama", "LlamaForCausalLM", "meta-llama/Llama-3.2-1B", "llama"),
+        ("llama", "LlamaForCausalLM", "runs/tinyllama/merged", "llama"),
+        ("llama", "LlamaForCausalLM", "lmsys/vicuna-7b-v1.5", "llama"),
+        ("llama", "LlamaForCausalLM", "builtin:tiny", "tiny"),
+        ("llama", None, None, "llama"),
+        (None, None, "meta-llama/Meta-Llama-3-8B-Instruct", "llama"),
+        (None, None, "/data/llama3_1", "llama"),
+        ("smollm3", "SmolLM3ForCausalLM", "someone/their-model", "llama"),
+        ("smollm3", None, None, "llama"),
+        ("mllama", "MllamaForConditionalGeneration", "meta-llama/Llama-3.2-11B-Vision", "generic"),
+        ("llama4_text", "Llama4ForCausalLM", "meta-llama/Llama-4-Scout-17B-16E", "generic"),
+        ("gemma2", "Gemma2ForCausalLM", None, "gemma"),
+        ("gemma3_text", "Gemma3ForCausalLM", "someone/medical", "gemma"),
+        ("gemma3_text", None, None, "gemma"),
+        (None, None, "google/gemma-2-9b-it", "gemma"),
+        ("gemma3n_text", "Gemma3nForCausalLM", "google/gemma-3n-E2B", "generic"),
+        ("mistral", "MistralForCausalLM", "mistralai/Mistral-Small-24B-Base-2501", "mistral"),
         ("phi", "PhiForCausalLM", "cognitivecomputations/dolphin-2_6-phi-2", "phi"),
         ("phi3", "Phi3ForCausalLM", "microsoft/phi-4", "phi"),
         ("phimoe", "PhimoeForCausalLM", "microsoft/Phi-3.5-MoE-instruct", "generic"),
@@ -560,7 +574,7 @@ def test_validate_lists_what_does_not_make_sense(tmp_path: Path) -> None:
         "parameters: got 7",
         "is not one that the family is recognised by",
         "heads cannot share 5",
-        "expected qlora <= lora <= full",
+        "expected qlora <= full and lora <= full",
         "bytes_per_token: got 40",
         "context: got 0",
         "released: got 'April 2025'",

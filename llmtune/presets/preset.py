@@ -97,6 +97,12 @@ class Preset:
         return cls.load(GENERIC)
 
     @classmethod
+    def is_shared(cls, model_type: str | None, architecture: str | None) -> bool:
+        """Return whether only a name or an exact shape tells some family from others of this architecture."""
+        named = (cls.load(family).recognition for family in cls.families() if family != GENERIC)
+        return any(recognition.name_required and recognition.allows(model_type, architecture) for recognition in named)
+
+    @classmethod
     def custom(cls, requirements: Mapping[str, Any]) -> Preset:
         """A preset made to requirements: a family's, with numbers of its levels replaced and its catalogue filtered.
 
