@@ -494,7 +494,8 @@ def test_demo_in_json():
     result = json.loads(done.stdout)
     assert result["metrics"]["eval_loss"] < result["metrics"]["base_eval_loss"]
     assert result["metrics"].keys() >= {"exact_match", "base_exact_match"}
-    assert result["samples"][0].keys() == {"prompt", "reference", "base", "tuned"}
+    assert result["samples"][0].keys() == {"prompt", "reference", "base", "tuned", "right"}
+    assert (len(result["samples"]), result["verdict"]["rows"]) == (64, 80)
 
 
 @pytest.mark.slow

@@ -130,3 +130,27 @@ def test_a_run_of_very_few_updates_changes_the_weights_at_each(
     assert (len(rates), result.steps) == (updates, updates)
     assert all(rate > 0 for rate in rates)
     assert max(rates) == PEAK
+
+
+def test_a_checkpoint_made_under_the_schedule_of_transformers_goes_on_under_ours() -> None:
+    """Checkpoints of earlier versions hold its state: the same fields, and no formula."""
+
+    def made(ours: bool) -> tuple[torch.optim.Optimizer, Any]:
+        optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
+        scheduler = get_scheduler("linear", optimizer, 4, 8)
+        return optimizer, warm_from_the_first_update(scheduler, warmup=4, updates=8) if ours else scheduler
+
+    old_optimizer, old = made(ours=False)
+    for _ in range(2):
+        old_optimizer.step()
+        old.step()
+    optimizer, scheduler = made(ours=True)
+    scheduler.load_state_dict(old.state_dict())
+    optimizer.load_state_dict(old_optimizer.state_dict())
+    assert scheduler.state_dict().keys() == old.state_dict().keys()
+    rates = []
+    for _ in range(6):
+        rates.append(scheduler.get_last_lr()[0] / PEAK)
+        optimizer.step()
+        scheduler.step()
+    assert rates == pytest.approx([2 / 4, 4 / 4, 1.0, 3 / 4, 2 / 4, 1 / 4])  # the rate of its next update is kept too
