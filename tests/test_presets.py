@@ -127,6 +127,7 @@ def test_every_source_is_used(family: str) -> None:
     preset = Preset.load(family)
     used = {source for goal in GOALS for size in SIZES for source in preset.level(goal, size).sources.values()}
     in_catalogue = " ".join(entry.source for entry in preset.catalogue)
+    used |= {preset.rate.source} if preset.rate else set()
     unused = [key for key, text in document(family)["sources"].items() if text not in used and text not in in_catalogue]
     assert unused == []
 
@@ -427,7 +428,11 @@ def test_a_custom_preset_is_used_through_its_settings() -> None:
     assert settings["adapter.alpha"] == 128
     assert settings["train.epochs"] == 2
     config = load_config(settings, environ={})
-    assert (config.train.learning_rate, config.train.schedule) == (level.learning_rate, level.schedule)
+    # The rate depends on model and run, so the plan decides it, unless it is one's own.
+    assert (config.train.learning_rate, config.train.schedule) == (None, level.schedule)
+    own = Preset.custom({"family": "qwen", "learning_rate": 7e-5}).settings("quality", "small")
+    assert own["train.learning_rate"] == 7e-5
+    assert Preset.load("tinyllama").settings("quality", "small")["train.learning_rate"] == 3e-4
     assert (config.train.warmup_ratio, config.train.weight_decay) == (level.warmup_ratio, level.weight_decay)
     assert config.adapter.dropout == level.dropout
     # What has no key counts passes where the configuration counts updates.

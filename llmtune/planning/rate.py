@@ -1,46 +1,55 @@
-"""Peak learning rate from the model's width, the method, the adapter and the length of the run.
+"""Peak learning rate for the model, the method, the adapter and the run at hand.
 
-The formula is that of LoRA Without Regret (Schulman et al., Thinking Machines, 2025) and its cookbook:
-``5e-5 · t · (2000 / hidden)^e``, where ``e`` depends on the family and ``t`` is 1 for full fine-tuning and 10 for LoRA,
-15 in short runs. It was found with ``alpha = 32`` and ``1 / rank`` scaling, so the rate does not depend on the rank;
-where a preset scales by a fixed ``alpha / rank``, the rate falls with alpha. For Adam the rate grows with the square root
-of the batch (Malladi et al., arXiv:2205.10287).
+A preset gives the rate of LoRA for one width, rank 16 with alpha 32, `REFERENCE_BATCH` and runs of `LONG_UPDATES` or
+more. It is carried over with these factors:
+
+- width: ``(2000 / hidden) ^ e``, and LoRA at 10 times the rate of full fine-tuning, 15 times in short runs (LoRA
+  Without Regret, Schulman et al., Thinking Machines, 2025, and its cookbook);
+- rank and alpha: learning is stable over ranks where ``alpha / sqrt(rank)`` times the rate is constant (rsLoRA,
+  Kalajdzievski, arXiv:2312.03732);
+- batch: for Adam the rate grows with its square root (Malladi et al., arXiv:2205.10287).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
-BASE_RATE, REFERENCE_WIDTH, REFERENCE_ALPHA, REFERENCE_BATCH = 5e-5, 2000, 32, 32
+from llmtune.presets.facts import RateRule
+
+REFERENCE_RANK, REFERENCE_ALPHA, REFERENCE_BATCH = 16, 32, 32
 # LoRA over full fine-tuning: in runs of up to so many updates, and from so many on; between them by the logarithm.
 SHORT_TIMES, LONG_TIMES = 15.0, 10.0
 SHORT_UPDATES, LONG_UPDATES = 100, 1_000
 # The batch changes the rate by at most these factors: beyond, noise no longer rules the step. llmtune: chosen.
 LEAST_BATCH_FACTOR, MOST_BATCH_FACTOR = 0.5, 1.5
-# Fast runs end early and take larger steps; careful ones take more and smaller steps. llmtune: chosen.
-GOAL_FACTORS = {"highspeed": 1.25, "quality": 1.0, "bestaccuracy": 0.75}
-# Rates that differ from the usual one by more than this factor are warned of.
-FAR_OFF = 30
+# A rate that differs from the usual one by more than this factor is warned of. llmtune: chosen.
+FAR_OFF = 30.0
 
 
-def peak_rate(
-    *, hidden: int, exponent: float, method: str, alpha: int, batch: int, updates: int, goal: str = "quality"
-) -> float:
-    """Return the peak learning rate, rounded to two digits.
+def rate_factors(
+    rule: RateRule, *, hidden: int, method: str, rank: int, alpha: int, batch: int, updates: int
+) -> Mapping[str, float]:
+    """Return what the preset's rate is multiplied by, with the reason for each factor that is not 1.
 
     Args:
+        rule: Of the preset.
         hidden: Width of the residual stream.
-        exponent: How strongly the rate falls with the width in this family.
         method: ``lora``, ``qlora`` or ``full``.
-        alpha: The adapter's alpha; of no effect under full fine-tuning.
+        rank: Of the adapter; without effect under full fine-tuning, as is ``alpha``.
+        alpha: Of the adapter.
         batch: Rows of one update.
         updates: Updates of the run.
-        goal: ``highspeed``, ``quality`` or ``bestaccuracy``.
     """
-    rate = BASE_RATE * (REFERENCE_WIDTH / hidden) ** exponent * batch_factor(batch) * GOAL_FACTORS[goal]
-    if method != "full":
-        rate *= lora_times(updates) * REFERENCE_ALPHA / alpha
-    return float(f"{rate:.1e}")
+    factors = {f"width {hidden:,} instead of {rule.hidden:,}": (rule.hidden / hidden) ** rule.exponent}
+    factors[f"{batch} rows per update instead of {REFERENCE_BATCH}"] = batch_factor(batch)
+    if method == "full":
+        factors["full fine-tuning"] = 1 / LONG_TIMES
+    else:
+        factors[f"{updates:,} updates"] = lora_times(updates) / LONG_TIMES
+        scale, usual = alpha / math.sqrt(rank), REFERENCE_ALPHA / math.sqrt(REFERENCE_RANK)
+        factors[f"rank {rank} with alpha {alpha}"] = usual / scale
+    return {why: factor for why, factor in factors.items() if factor != 1}
 
 
 def lora_times(updates: int) -> float:
@@ -52,3 +61,8 @@ def lora_times(updates: int) -> float:
 def batch_factor(batch: int) -> float:
     """Return the factor for a batch of so many rows."""
     return min(MOST_BATCH_FACTOR, max(LEAST_BATCH_FACTOR, math.sqrt(batch / REFERENCE_BATCH)))
+
+
+def rounded(rate: float) -> float:
+    """Return a rate of two digits."""
+    return float(f"{rate:.1e}")

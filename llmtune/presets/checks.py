@@ -34,6 +34,8 @@ def _of_family(preset: Preset) -> Iterator[str]:
             yield f"recognise.names: {pattern!r} is no regular expression: {error}"
     if preset.recognition.name_required and not preset.recognition.names:
         yield "recognise.name_required: is true, but recognise.names is empty"
+    if preset.rate is not None and not (preset.rate.hidden >= 1 and 0 <= preset.rate.exponent <= 2):
+        yield f"rate: got {preset.rate.hidden} and {preset.rate.exponent}, expected a width and an exponent in [0, 2]"
     if preset.chat_template is not None and "eos_token" not in preset.chat_template:
         yield "chat_template: does not mention eos_token, so the model would never learn to stop"
 
