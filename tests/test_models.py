@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from llmtune.builtin import tiny_path
 from llmtune.config import ModelConfig
 from llmtune.errors import ModelError
+from llmtune.kernels import attach_kernels
 from llmtune.models import (
     load_for_training,
     load_tokenizer,
@@ -178,6 +179,36 @@ def test_gpt2_is_causal_and_gets_the_generic_preset(tmp_path):
     spec = read_spec(location, "generic")
     assert {module.name for module in spec.linears} == {"c_attn", "c_proj", "c_fc"}
     assert (spec.shape.hidden, spec.shape.heads, spec.shape.mlp_width, spec.context) == (32, 4, 128, 1024)
+
+
+def test_gemma_that_reads_images_is_tuned_on_text(tmp_path):
+    from transformers import AutoModelForCausalLM, Gemma3Config
+
+    text = family_config("gemma3_text").to_dict() | {"num_hidden_layers": 3}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Gemma3Config(
+        architectures=["Gemma3ForConditionalGeneration"],
+        text_config=text | {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
+        vision_config=vision | {"image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    location = located(tmp_path)
+    preset = preset_of(location)
+    assert preset.family == "gemma"
+    spec = read_spec(location, preset.family)
+    assert (spec.shape.hidden, spec.shape.layers, spec.shape.vocabulary) == (32, 3, 3072)
+    model = loaded(location, "lora", targets=preset.lora_targets).train()
+    assert trainable(model) == spec.adapter_parameters(4, preset.lora_targets)
+    ids = torch.arange(3, 35).reshape(2, 16)
+    model(input_ids=ids, labels=ids).loss.backward()
+    learning = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    idle = {name for name, p in model.named_parameters() if p.requires_grad} - learning
+    assert len(learning) == 2 * 7 * 3
+    assert all("vision_tower" in name for name in idle)
+    upstream = model(input_ids=ids, labels=ids).loss
+    attach_kernels(model, device="cpu")
+    assert model(input_ids=ids, labels=ids).loss.item() == pytest.approx(upstream.item(), rel=1e-6)
 
 
 def test_code_of_the_repository_is_not_run_unless_trusted(tmp_path):

@@ -257,6 +257,15 @@ def test_a_t4_computes_in_fp16():
     assert plan.autocast
 
 
+@pytest.mark.parametrize("model", ["google/gemma-2-2b-it", "google/gemma-3-1b-it"])
+def test_gemma_is_not_computed_in_fp16(model):
+    plan = planned(model, hardware=T4)
+    assert plan.precision.value == "fp32"
+    assert "leave the range of fp16" in plan.precision.reason
+    assert planned(model, hardware=H200).precision.value == "bf16"
+    assert planned(model, hardware=T4, precision="fp16").precision.value == "fp16"
+
+
 def test_cpus():
     assert planned(hardware=machine()).precision.value == "bf16"
     assert planned(hardware=machine(cpu=LAPTOP_CPU)).precision.value == "fp32"

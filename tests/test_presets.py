@@ -307,6 +307,7 @@ def test_catalogued_models_are_recognised_by_name_and_by_shape(entry: CatalogueE
         ("gemma2", "Gemma2ForCausalLM", None, "gemma"),
         ("gemma3_text", "Gemma3ForCausalLM", "someone/medical", "gemma"),
         ("gemma3_text", None, None, "gemma"),
+        ("gemma3", "Gemma3ForConditionalGeneration", "google/gemma-3-4b-it", "gemma"),
         (None, None, "google/gemma-2-9b-it", "gemma"),
         ("gemma3n_text", "Gemma3nForCausalLM", "google/gemma-3n-E2B", "generic"),
         ("mistral", "MistralForCausalLM", "mistralai/Mistral-Small-24B-Base-2501", "mistral"),
@@ -525,6 +526,23 @@ def test_a_number_that_no_level_gives_is_missing(tmp_path: Path) -> None:
     del broken["levels"]["every"]["schedule"]
     with pytest.raises(ConfigError, match=r"levels\.highspeed\.small: schedule missing here and under 'every'"):
         read(tmp_path, broken)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("goal", "size"), [("quality", "small"), ("bestaccuracy", None)])
+def test_a_level_that_is_missing_is_refused_by_file_goal_and_size(
+    tmp_path: Path, family: str, goal: str, size: str | None
+) -> None:
+    broken = document(family)
+    if size is None:
+        del broken["levels"][goal]
+    else:
+        del broken["levels"][goal][size]
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, broken)
+    assert str(caught.value).startswith(f"{tmp_path / 'mine.yaml'}: ")
+    for one in (size,) if size else SIZES:
+        assert re.search(rf"levels\.{goal}\.{one}: [^·]*epochs[^·]* missing here and under 'every'", str(caught.value))
 
 
 @pytest.mark.parametrize(

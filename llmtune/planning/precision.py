@@ -21,7 +21,8 @@ WITHOUT_SDPA = frozenset(
         "vaultgemma",
     }
 )
-# Model types whose activations leave the range of fp16, above 65,504 (Unsloth, notes on Gemma 3; made in bf16).
+# Model types made in bf16 whose activations leave the range of fp16, above 65,504 (Gemma 3: Unsloth, training fixes of
+# March 2025; Gemma 2: ml-explore/mlx-examples, "fix precision issues", NaN).
 BEYOND_FP16 = frozenset({"gemma2", "gemma3_text"})
 
 
