@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-FAMILIES = ("llama", "phi", "phi3", "mistral", "qwen2", "qwen3")
+FAMILIES = ("llama", "phi", "phi3", "mistral", "qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text")
+WITHOUT_SDPA = ("gemma2",)  # attention scores are bounded, which torch's kernels do not do
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "phi": "PhiForCausalLM",
@@ -17,6 +18,9 @@ ARCHITECTURES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3_text": "Gemma3ForCausalLM",
 }
 # A family is also told by its name, so the directories are named as the models are.
 DIRECTORY_NAMES = {
@@ -26,6 +30,9 @@ DIRECTORY_NAMES = {
     "mistral": "Mistral-7B-test",
     "qwen2": "Qwen2.5-test",
     "qwen3": "Qwen3-test",
+    "smollm3": "SmolLM3-test",
+    "gemma2": "gemma-2-test",
+    "gemma3_text": "gemma-3-test",
 }
 PRESETS = {
     "llama": "tinyllama",
@@ -34,9 +41,13 @@ PRESETS = {
     "mistral": "mistral",
     "qwen2": "qwen",
     "qwen3": "qwen",
+    "smollm3": "llama",
+    "gemma2": "gemma",
+    "gemma3_text": "gemma",
 }
-WITHOUT_TEMPLATE = ("phi", "mistral")
-TIED = ("qwen2", "qwen3")  # their small models share embedding and head
+WITHOUT_TEMPLATE = ("phi", "mistral", "smollm3", "gemma2")
+WIDE_HEADS = ("qwen3", "gemma2", "gemma3_text")  # wider than hidden / heads
+TIED = ("qwen2", "qwen3", "smollm3", "gemma2", "gemma3_text")  # their small models share embedding and head
 
 
 def family_config(family: str, **changes: Any) -> Any:
@@ -57,8 +68,14 @@ def family_config(family: str, **changes: Any) -> Any:
         "pad_token_id": 2,
         "tie_word_embeddings": family in TIED,
     }
-    if family == "qwen3":
-        keys["head_dim"] = 16  # wider than hidden / heads, as in Qwen3
+    if family in WIDE_HEADS:
+        keys["head_dim"] = 16
+    if family == "smollm3":
+        keys["no_rope_layer_interval"] = 2  # SmolLM3 rotates three layers of four
+    if family in ("gemma2", "gemma3_text"):
+        kinds = ("sliding_attention", "full_attention")
+        layers = changes.get("num_hidden_layers", keys["num_hidden_layers"])
+        keys |= {"query_pre_attn_scalar": 16, "layer_types": [kinds[number % 2] for number in range(layers)]}
     return AutoConfig.for_model(family, **(keys | changes))
 
 

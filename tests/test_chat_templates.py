@@ -6,6 +6,7 @@ here and compared with the decoded tokens; nothing of the implementation is aske
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from functools import cache
@@ -19,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmtune.data import ChatEncoder, Conversation, Encoded, Message, Problem
+from llmtune.presets import Preset
 
 HERE = Path(__file__).parent / "chat_templates"
 OURS = sorted(path.stem for path in HERE.glob("*.jinja"))
@@ -247,6 +249,69 @@ def test_templates_from_published_formats(name, kind):
         pytest.skip("tekken is byte-level")
     for case in PLAIN:
         assert_handled_or_refused(name, case, kind)
+
+
+# Family, first token, end of text, the end of a prompt, and its beginning with a system message.
+LAYOUTS: dict[str, tuple[str, str | None, str, str, str]] = {
+    "llama 2": ("llama", "<s>", "</s>", " [/INST]", "<s>[INST] <<SYS>>\nBe kind\n<</SYS>>\n\nWhat? [/INST]"),
+    "llama 3": (
+        "llama",
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe kind<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nWhat?<|eot_id|>",
+    ),
+    "smollm2": (
+        "llama",
+        "<|endoftext|>",
+        "<|endoftext|>",
+        "\n<|im_start|>assistant\n",
+        "<|im_start|>system\nBe kind<|im_end|>\n<|im_start|>user\nWhat?<|im_end|>",
+    ),
+    "smollm3": (
+        "llama",
+        None,
+        "<|end_of_text|>",
+        "\n<|im_start|>assistant\n",
+        "<|im_start|>system\nBe kind<|im_end|>\n<|im_start|>user\nWhat?<|im_end|>",
+    ),
+    "another llama": ("llama", "<bos>", "<eos>", "\n\nAssistant:", "<bos>System: Be kind\n\nUser: What?"),
+    "gemma": (
+        "gemma",
+        "<bos>",
+        "<eos>",
+        "<end_of_turn>\n<start_of_turn>model\n",
+        "<bos><start_of_turn>user\nBe kind\n\nWhat?",
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_templates_of_presets_for_base_models_are_proven(layout, kind):
+    family, bos, eos, prompt, opening = LAYOUTS[layout]
+    template = Preset.load(family).chat_template
+    special = "<|im_start|><|im_end|><|start_header_id|><|end_header_id|><|eot_id|><start_of_turn><end_of_turn>"
+    tok = copy.deepcopy(chat_tokenizer(special, kind))
+    tok.add_special_tokens({"eos_token": eos, "bos_token": bos or eos})
+    if bos is None:
+        tok.bos_token = None
+    asked = rendered(tok, template, chat(system("Be kind"), user("What?")), tokenize=False, add_generation_prompt=True)
+    assert asked.startswith(opening)
+    assert asked.endswith(prompt)
+    for name, conversation in PLAIN.items():
+        encoded = ChatEncoder(tok, template, supervise="all").encode_batch([conversation])[0]
+        assert isinstance(encoded, Encoded), (name, encoded)
+        answers = [message.content.strip() for message in conversation.messages if message.role == "assistant"]
+        texts = learned(tok, encoded)
+        assert [text.endswith(eos) for text in texts] == [True] * len(answers)
+        assert [text.removesuffix(eos).strip().replace("▁", " ") for text in texts] == answers
+        assert rendered(tok, template, conversation)["input_ids"] == encoded.input_ids.tolist()
+    # A prompt after a system message alone, and an answer after it, are one text too.
+    alone = chat(system("Be kind"), assistant("Lima"))
+    prompted = rendered(tok, template, chat(system("Be kind")), tokenize=False, add_generation_prompt=True)
+    assert rendered(tok, template, alone, tokenize=False).startswith(prompted)
 
 
 def test_every_expectation_is_about_a_template_that_exists():

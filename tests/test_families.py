@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from factories import FAMILIES, PRESETS
+from factories import FAMILIES, PRESETS, save_family_model
 from tuning import ROWS, events, settings
 
 from llmtune import FineTuner
+from llmtune.presets import Preset
 from llmtune.runs import RunDirectory
 
 METHODS = {"lora": {}, "qlora": {}, "qlora-int8": {"quantization": "int8"}, "full": {}}
@@ -33,6 +34,19 @@ def test_a_family_trains_one_epoch_with_its_preset(
     assert result.metrics["eval_loss"] < result.metrics["base_eval_loss"]
     assert tuner.evaluate().loss == pytest.approx(result.metrics["eval_loss"], rel=2e-3)
     _loads_without_llmtune(family_model(family), result.adapter_dir, full=method == "full")
+
+
+def test_a_llama_under_another_name_trains_with_the_preset_of_llamas(tmp_path: Path) -> None:
+    model = save_family_model("llama", tmp_path / "model-of-ours")
+    how = {k: v for k, v in settings(model, tmp_path / "run").items() if k not in ("learning_rate", "rank", "dropout")}
+    result = FineTuner(ROWS, preset="quality", **how).train()
+    plan = RunDirectory.open(result.run_dir).latest_plan()
+    assert plan is not None
+    level = Preset.load("llama").level("quality", "small")
+    assert plan["choices"]["rank"]["value"] == level.rank
+    assert plan["choices"]["schedule"]["reason"].startswith("llama preset, quality, small data: ")
+    assert "not known" not in " ".join(plan["notices"])
+    assert result.metrics["eval_loss"] < result.metrics["base_eval_loss"]
 
 
 def _loads_without_llmtune(base: Path, saved: Path | None, *, full: bool) -> None:

@@ -8,12 +8,23 @@ from dataclasses import replace
 
 import pytest
 import torch
-from factories import ARCHITECTURES, FAMILIES, PRESETS, TIED, family_config, save_family_model, tiny_tokenizer
+from factories import (
+    ARCHITECTURES,
+    FAMILIES,
+    PRESETS,
+    TIED,
+    WIDE_HEADS,
+    WITHOUT_TEMPLATE,
+    family_config,
+    save_family_model,
+    tiny_tokenizer,
+)
 from safetensors.torch import load_file, save_file
 
 from llmtune.builtin import tiny_path
 from llmtune.config import ModelConfig
 from llmtune.errors import ModelError
+from llmtune.kernels import attach_kernels
 from llmtune.models import (
     load_for_training,
     load_tokenizer,
@@ -105,7 +116,12 @@ def test_a_copy_under_another_name_is_recognised_by_its_shape(tmp_path):
     assert preset_of(located(tmp_path / "base")).family == "tinyllama"
     config.num_hidden_layers = 3
     config.save_pretrained(tmp_path / "base")
-    assert preset_of(located(tmp_path / "base")).family == "generic"
+    assert preset_of(located(tmp_path / "base")).family == "llama"
+
+
+def test_a_copy_of_the_builtin_model_is_recognised_by_its_shape(tmp_path):
+    shutil.copytree(tiny_path(), tmp_path / "Llama-like")
+    assert preset_of(located(tmp_path / "Llama-like")).family == "tiny"
 
 
 def test_the_builtin_model():
@@ -165,6 +181,36 @@ def test_gpt2_is_causal_and_gets_the_generic_preset(tmp_path):
     assert (spec.shape.hidden, spec.shape.heads, spec.shape.mlp_width, spec.context) == (32, 4, 128, 1024)
 
 
+def test_gemma_that_reads_images_is_tuned_on_text(tmp_path):
+    from transformers import AutoModelForCausalLM, Gemma3Config
+
+    text = family_config("gemma3_text").to_dict() | {"num_hidden_layers": 3}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Gemma3Config(
+        architectures=["Gemma3ForConditionalGeneration"],
+        text_config=text | {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
+        vision_config=vision | {"image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    location = located(tmp_path)
+    preset = preset_of(location)
+    assert preset.family == "gemma"
+    spec = read_spec(location, preset.family)
+    assert (spec.shape.hidden, spec.shape.layers, spec.shape.vocabulary) == (32, 3, 3072)
+    model = loaded(location, "lora", targets=preset.lora_targets).train()
+    assert trainable(model) == spec.adapter_parameters(4, preset.lora_targets)
+    ids = torch.arange(3, 35).reshape(2, 16)
+    model(input_ids=ids, labels=ids).loss.backward()
+    learning = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    idle = {name for name, p in model.named_parameters() if p.requires_grad} - learning
+    assert len(learning) == 2 * 7 * 3
+    assert all("vision_tower" in name for name in idle)
+    upstream = model(input_ids=ids, labels=ids).loss
+    attach_kernels(model, device="cpu")
+    assert model(input_ids=ids, labels=ids).loss.item() == pytest.approx(upstream.item(), rel=1e-6)
+
+
 def test_code_of_the_repository_is_not_run_unless_trusted(tmp_path):
     marker = tmp_path / "was_run"
     (tmp_path / "configuration_foreign.py").write_text(
@@ -215,7 +261,7 @@ def test_spec_is_exact(family_model, family):
     assert (spec.shape.hidden, spec.shape.layers, spec.context) == (32, 2, 512)
     assert spec.shape.gated_mlp == (family != "phi")
     assert spec.shape.tied_head == (family in TIED)
-    assert spec.shape.head_dim == (16 if family == "qwen3" else 8)
+    assert spec.shape.head_dim == (16 if family in WIDE_HEADS else 8)
 
 
 def test_reading_a_spec_takes_no_memory_for_weights(tmp_path):
@@ -293,7 +339,7 @@ def test_tokenizers_have_stop_and_padding(family_model, family):
     tokenizer = load_tokenizer(located(family_model(family)))
     assert tokenizer.eos_token_id == 1
     assert tokenizer.pad_token_id == 2
-    assert (tokenizer.chat_template is None) == (family in ("phi", "mistral"))
+    assert (tokenizer.chat_template is None) == (family in WITHOUT_TEMPLATE)
 
 
 def test_a_chat_template_of_your_own(family_model):

@@ -67,7 +67,7 @@ def model_of_shape(model_type: str, shape: ModelShape) -> Any:
         "tie_word_embeddings": shape.tied_head,
         "pad_token_id": 0,
     }
-    if model_type in ("llama", "mistral", "qwen3"):
+    if model_type not in ("phi", "phi3", "qwen2"):
         settings["head_dim"] = shape.head_dim
     return build_model(model_type, **settings)
 
@@ -99,7 +99,7 @@ def read(tmp_path: Path, content: object) -> Preset:
 
 
 def test_the_expected_families_are_there() -> None:
-    assert {"tinyllama", "phi", "mistral", "qwen", "tiny"} <= set(NAMED)
+    assert {"tinyllama", "llama", "gemma", "phi", "mistral", "qwen", "tiny"} <= set(NAMED)
     assert FAMILIES[-1] == "generic"
 
 
@@ -127,6 +127,7 @@ def test_every_source_is_used(family: str) -> None:
     preset = Preset.load(family)
     used = {source for goal in GOALS for size in SIZES for source in preset.level(goal, size).sources.values()}
     in_catalogue = " ".join(entry.source for entry in preset.catalogue)
+    used |= {preset.rate.source} if preset.rate else set()
     unused = [key for key, text in document(family)["sources"].items() if text not in used and text not in in_catalogue]
     assert unused == []
 
@@ -292,9 +293,24 @@ def test_catalogued_models_are_recognised_by_name_and_by_shape(entry: CatalogueE
         ("llama", "LlamaForCausalLM", "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T", "tinyllama"),
         ("llama", "LlamaForCausalLM", "someone/tiny_llama-chat", "tinyllama"),
         ("llama", "LlamaForCausalLM", "C:\\models\\TinyLlama-1.1B\\", "tinyllama"),
-        ("llama", "LlamaForCausalLM", "meta-llama/Llama-3.2-1B", "generic"),
-        ("llama", "LlamaForCausalLM", "runs/tinyllama/merged", "generic"),
-        ("llama", None, None, "generic"),
+        ("llama", "LlamaForCausalLM", "meta-llama/Llama-3.2-1B", "llama"),
+        ("llama", "LlamaForCausalLM", "runs/tinyllama/merged", "llama"),
+        ("llama", "LlamaForCausalLM", "lmsys/vicuna-7b-v1.5", "llama"),
+        ("llama", "LlamaForCausalLM", "builtin:tiny", "tiny"),
+        ("llama", None, None, "llama"),
+        (None, None, "meta-llama/Meta-Llama-3-8B-Instruct", "llama"),
+        (None, None, "/data/llama3_1", "llama"),
+        ("smollm3", "SmolLM3ForCausalLM", "someone/their-model", "llama"),
+        ("smollm3", None, None, "llama"),
+        ("mllama", "MllamaForConditionalGeneration", "meta-llama/Llama-3.2-11B-Vision", "generic"),
+        ("llama4_text", "Llama4ForCausalLM", "meta-llama/Llama-4-Scout-17B-16E", "generic"),
+        ("gemma2", "Gemma2ForCausalLM", None, "gemma"),
+        ("gemma3_text", "Gemma3ForCausalLM", "someone/medical", "gemma"),
+        ("gemma3_text", None, None, "gemma"),
+        ("gemma3", "Gemma3ForConditionalGeneration", "google/gemma-3-4b-it", "gemma"),
+        (None, None, "google/gemma-2-9b-it", "gemma"),
+        ("gemma3n_text", "Gemma3nForCausalLM", "google/gemma-3n-E2B", "generic"),
+        ("mistral", "MistralForCausalLM", "mistralai/Mistral-Small-24B-Base-2501", "mistral"),
         ("phi", "PhiForCausalLM", "cognitivecomputations/dolphin-2_6-phi-2", "phi"),
         ("phi3", "Phi3ForCausalLM", "microsoft/phi-4", "phi"),
         ("phimoe", "PhimoeForCausalLM", "microsoft/Phi-3.5-MoE-instruct", "generic"),
@@ -413,7 +429,11 @@ def test_a_custom_preset_is_used_through_its_settings() -> None:
     assert settings["adapter.alpha"] == 128
     assert settings["train.epochs"] == 2
     config = load_config(settings, environ={})
-    assert (config.train.learning_rate, config.train.schedule) == (level.learning_rate, level.schedule)
+    # The rate depends on model and run, so the plan decides it, unless it is one's own.
+    assert (config.train.learning_rate, config.train.schedule) == (None, level.schedule)
+    own = Preset.custom({"family": "qwen", "learning_rate": 7e-5}).settings("quality", "small")
+    assert own["train.learning_rate"] == 7e-5
+    assert Preset.load("tinyllama").settings("quality", "small")["train.learning_rate"] == 3e-4
     assert (config.train.warmup_ratio, config.train.weight_decay) == (level.warmup_ratio, level.weight_decay)
     assert config.adapter.dropout == level.dropout
     # What has no key counts passes where the configuration counts updates.
@@ -508,6 +528,23 @@ def test_a_number_that_no_level_gives_is_missing(tmp_path: Path) -> None:
         read(tmp_path, broken)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("goal", "size"), [("quality", "small"), ("bestaccuracy", None)])
+def test_a_level_that_is_missing_is_refused_by_file_goal_and_size(
+    tmp_path: Path, family: str, goal: str, size: str | None
+) -> None:
+    broken = document(family)
+    if size is None:
+        del broken["levels"][goal]
+    else:
+        del broken["levels"][goal][size]
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path, broken)
+    assert str(caught.value).startswith(f"{tmp_path / 'mine.yaml'}: ")
+    for one in (size,) if size else SIZES:
+        assert re.search(rf"levels\.{goal}\.{one}: [^·]*epochs[^·]* missing here and under 'every'", str(caught.value))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -560,7 +597,7 @@ def test_validate_lists_what_does_not_make_sense(tmp_path: Path) -> None:
         "parameters: got 7",
         "is not one that the family is recognised by",
         "heads cannot share 5",
-        "expected qlora <= lora <= full",
+        "expected qlora <= full and lora <= full",
         "bytes_per_token: got 40",
         "context: got 0",
         "released: got 'April 2025'",

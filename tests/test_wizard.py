@@ -282,7 +282,7 @@ def test_little_time_takes_a_smaller_model(chats: str) -> None:
 
 def test_too_little_time_for_anything_names_ways_out(chats: str) -> None:
     config = load_config({"data.path": chats}, environ={})
-    with pytest.raises(PlanError, match=r"at most 1\.0 s are allowed.*--preset highspeed.*max_steps=3\."):
+    with pytest.raises(PlanError, match=r"at most 1\.0 s are allowed.*--preset highspeed.*max_steps=4\."):
         wizard_of(config, max_seconds=1.0).draft(config, "x.yaml")
 
 

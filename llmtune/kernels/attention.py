@@ -31,7 +31,7 @@ from llmtune.kernels.documents import Documents
 
 NAME = "llmtune"  # under which transformers knows it
 # Model types that ask for a mask by documents, and do nothing to it but hand it on. Proven one by one in the tests.
-PACKABLE_TYPES = frozenset({"llama", "mistral", "phi", "phi3", "qwen2", "qwen3"})
+PACKABLE_TYPES = frozenset({"gemma3_text", "llama", "mistral", "phi", "phi3", "qwen2", "qwen3", "smollm3"})
 _UNUSUAL = ("softcap", "position_bias", "cache", "s_aux")  # arguments of other kinds of attention
 
 

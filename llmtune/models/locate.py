@@ -150,6 +150,7 @@ def preset_of(location: ModelLocation) -> Preset:
         "name": TINY_ID if location.id == TINY_ID else location.source,
     }
     preset = Preset.recognise(**facts)
-    if preset.family != GENERIC:
+    named = facts["name"] is not None and preset.recognition.matches_name(facts["name"])
+    if named or not Preset.is_shared(facts["model_type"], facts["architecture"]):
         return preset
     return Preset.recognise(**facts, shape=read_spec(location, GENERIC).shape)

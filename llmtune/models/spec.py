@@ -23,6 +23,7 @@ WRITTEN_DOWN = {
     "Qwen3ForCausalLM": "silu",
     "PhiForCausalLM": "gelu_new",
     "Phi3ForCausalLM": "silu",
+    "SmolLM3ForCausalLM": "silu",
 }
 
 

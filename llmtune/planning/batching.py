@@ -18,7 +18,7 @@ TOKEN_BUDGET = {"cpu": 1024, "accelerator": 16384}
 CPU_PASS_OVERHEAD_TOKENS = 64
 
 # Architectures of transformers whose attention is proven, per token, to keep packed rows apart (sliding windows too).
-PACKABLE = frozenset({"llama", "mistral", "phi", "phi3", "qwen2", "qwen3"})
+PACKABLE = frozenset({"gemma2", "gemma3_text", "llama", "mistral", "phi", "phi3", "qwen2", "qwen3", "smollm3"})
 
 # Rows of the typical update that padding is reckoned on; more rows hardly pad less (2.5 % of GSM8K at 256).
 TYPICAL_ROWS = 256

@@ -17,8 +17,9 @@ from llmtune.units import format_bytes, format_count, format_seconds
 TIME_BUDGET_SECONDS = {"highspeed": 1800, "quality": 2 * 3600, "bestaccuracy": 8 * 3600}
 BUILTIN_FAMILY = "tiny"
 # Models between two of these sizes take about as much, and the newer does better: TinyLlama with 1.1B parameters is
-# behind Qwen3 with 0.6B. llmtune: chosen in the gaps of what is published: 0.5-1.1B, 1.4-1.7B, 2.8-4B, 7-8B, 12-15B.
-SIZE_CLASSES = (0, 1.3e9, 2.2e9, 5.5e9, 10e9, float("inf"))
+# behind Qwen3 with 0.6B. llmtune: chosen in the gaps of what is published: 0.1-0.4B, 0.5-1.2B, 1.4-1.7B, 2.6-4B, 7-9B,
+# 12-15B and more.
+SIZE_CLASSES = (0, 0.45e9, 1.3e9, 2.2e9, 5.5e9, 10e9, float("inf"))
 
 
 def choose_model(

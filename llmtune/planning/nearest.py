@@ -16,6 +16,8 @@ from llmtune.planning.request import PlanRequest
 from llmtune.presets import CatalogueEntry, Preset, find_entry
 
 MOST_SHOWN = 5
+# A model with so many times fewer parameters is no replacement. llmtune: chosen.
+MUCH_SMALLER = 20
 # What a change costs beside time, the smallest first: settings given back to the planner; optimizer states or weights
 # in fewer bits; a few rows; another model; many rows. llmtune: chosen.
 NOTHING, FEWER_BITS, FEW_ROWS, OTHER_MODEL, MANY_ROWS = range(5)
@@ -34,19 +36,27 @@ class Change:
 def nearest_plans(request: PlanRequest, plan_of: Callable[[PlanRequest], Plan]) -> list[tuple[Alternative, Plan]]:
     """Plans that fit, ranked by what they lose and then by their time; at most five.
 
-    Single changes first; where none is enough, what the user fixed is given back to the planner together with each.
+    Single changes first; where none is enough but a much smaller model, what the user fixed is given back to the
+    planner together with each.
     """
-    found, flags = _fitting(request, plan_of), ""
-    if not found and (free := [*_given_back(request), *(["train.method"] if request.config.train.method else [])]):
-        flags = " ".join(_flag(key, None) for key in free) + " "
-        found = _fitting(replace(request, config=_changed(request.config, dict.fromkeys(free))), plan_of)
+    found = _fitting(request, plan_of)
+    free = [*_given_back(request), *(["train.method"] if request.config.train.method else [])]
+    if free and all(_is_far(request, change) for change, _ in found):
+        flags = " ".join(_flag(key, None) for key in free)
+        given_back = _fitting(replace(request, config=_changed(request.config, dict.fromkeys(free))), plan_of)
+        found = [(replace(change, flags=f"{flags} {change.flags}"), plan) for change, plan in given_back] or found
     found.sort(key=lambda one: (one[0].rank, one[1].time.total_seconds))
-    return [(_alternative(change, plan, flags), plan) for change, plan in found[:MOST_SHOWN]]
+    return [(_alternative(change, plan), plan) for change, plan in found[:MOST_SHOWN]]
 
 
-def _alternative(change: Change, plan: Plan, flags: str) -> Alternative:
+def _is_far(request: PlanRequest, change: Change) -> bool:
+    """Return whether a change only offers a model that is no replacement for the one asked for."""
+    return change.rank == OTHER_MODEL and change.request.spec.parameters * MUCH_SMALLER < request.spec.parameters
+
+
+def _alternative(change: Change, plan: Plan) -> Alternative:
     return Alternative(
-        flags=flags + change.flags,
+        flags=change.flags,
         peak_bytes=plan.memory.peak_bytes,
         total_seconds=plan.time.total_seconds,
         loses=change.loses,

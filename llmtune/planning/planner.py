@@ -83,7 +83,7 @@ def _decide(request: PlanRequest, *, alternatives: bool = False) -> Plan:
         choose_batches(request, best.load, batch),
         best.precision,
         best.adapter,
-        choose_steps(request, best.way.method, length, cadence.patience.value),
+        choose_steps(request, best.way.method, length, cadence.patience.value, best.adapter),
         cadence,
         execution,
     ):

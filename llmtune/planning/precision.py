@@ -21,6 +21,9 @@ WITHOUT_SDPA = frozenset(
         "vaultgemma",
     }
 )
+# Model types made in bf16 whose activations leave the range of fp16, above 65,504 (Gemma 3: Unsloth, training fixes of
+# March 2025; Gemma 2: ml-explore/mlx-examples, "fix precision issues", NaN).
+BEYOND_FP16 = frozenset({"gemma2", "gemma3_text"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +61,9 @@ def _precision(request: PlanRequest) -> Choice[str]:
         return Choice("fp32", "this CPU has no bf16 matrix unit", "derived", changes)
     if device.bf16:
         return Choice("bf16", f"{device.name} computes in bf16, which needs no loss scaling", "derived")
+    if device.fp16 and request.spec.model_type in BEYOND_FP16:
+        reason = f"{device.name} has no bf16, and activations of '{request.spec.model_type}' leave the range of fp16"
+        return Choice("fp32", reason, "derived", "bf16 on an NVIDIA GPU from Ampere on (compute capability 8.0)")
     if device.fp16:
         changes = "bf16 on an NVIDIA GPU from Ampere on (compute capability 8.0)" if device.kind == "cuda" else ""
         reason = f"{device.name} has fp16 but no bf16; the loss is scaled dynamically"

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llmtune.planning.adapter import MANY_EPOCHS
+from llmtune.planning.adapter import MANY_EPOCHS, AdapterChoices
 from llmtune.planning.arguments import Course, choose_schedule_arguments
 from llmtune.planning.choice import Choice, asked_or
+from llmtune.planning.rate import rate_factors, rounded
 from llmtune.planning.request import PlanRequest
 from llmtune.registry import SCHEDULES
 
@@ -57,7 +58,9 @@ def choose_length(request: PlanRequest) -> LengthChoices:
     return LengthChoices(epochs=epochs, updates=updates, global_batch_size=batch)
 
 
-def choose_steps(request: PlanRequest, method: str, length: LengthChoices, patience: int | None) -> StepChoices:
+def choose_steps(
+    request: PlanRequest, method: str, length: LengthChoices, patience: int | None, adapter: AdapterChoices
+) -> StepChoices:
     """Learning rate and what shapes it over the run.
 
     Args:
@@ -65,10 +68,12 @@ def choose_steps(request: PlanRequest, method: str, length: LengthChoices, patie
         method: How the model is trained.
         length: Epochs and updates.
         patience: Evaluations without improvement after which the run stops; None never stops early.
+        adapter: Rank and alpha.
     """
     train, updates = request.config.train, length.updates.value
     schedule: Choice[str] = asked_or(train.schedule, "train.schedule", request.of_preset("schedule"))
-    learning_rate, warmup = _learning_rate(request, method), _warmup(request, schedule.value, updates)
+    learning_rate = asked_or(train.learning_rate, "train.learning_rate", usual_rate(request, method, length, adapter))
+    warmup = _warmup(request, schedule.value, updates)
     course = Course(
         learning_rate=learning_rate.value,
         warmup=warmup.value,
@@ -116,17 +121,32 @@ def _global_batch_size(request: PlanRequest, epochs: float) -> Choice[int]:
     return Choice(size, reason, "derived", changes)
 
 
-def _learning_rate(request: PlanRequest, method: str) -> Choice[float]:
-    """The peak: the user's, the preset's, or a tenth of it where the whole model is trained."""
-    chosen: Choice[float] = request.of_preset("learning_rate")
-    if method == "full":
+def usual_rate(request: PlanRequest, method: str, length: LengthChoices, adapter: AdapterChoices) -> Choice[float]:
+    """Return the peak learning rate for this model and run: the preset's, carried over by its rule where it has one."""
+    preset: Choice[float] = request.of_preset("learning_rate")
+    rule = request.preset.rate
+    if rule is None and method != "full":
+        return preset
+    if rule is None:
         reason = (
             "a tenth of the preset's, which is for adapters: full fine-tuning does best there (LoRA Without Regret)"
         )
-        chosen = Choice(
-            chosen.value / FULL_LEARNING_RATE_DIVISOR, reason, "derived", f"{chosen.value:g} with --method lora"
-        )
-    return asked_or(request.config.train.learning_rate, "train.learning_rate", chosen)
+        rate = preset.value / FULL_LEARNING_RATE_DIVISOR
+        return Choice(rate, reason, "derived", f"{preset.value:g} with --method lora")
+    hidden, batch, updates = request.spec.shape.hidden, length.global_batch_size.value, length.updates.value
+    factors = rate_factors(
+        rule,
+        hidden=hidden,
+        method=method,
+        rank=adapter.rank.value,
+        alpha=adapter.alpha.value,
+        batch=batch,
+        updates=updates,
+    )
+    rate = rounded(preset.value * math.prod(factors.values()))
+    told = ", ".join(f"× {factor:.2g} for {why}" for why, factor in factors.items())
+    reason = f"{preset.value:g} in the preset for models of width {rule.hidden:,} ({preset.reason})"
+    return Choice(rate, f"{reason}{f'; {told}' if told else ''}", "derived")
 
 
 def _warmup(request: PlanRequest, schedule: str, updates: int) -> Choice[int]:

@@ -34,6 +34,8 @@ def _of_family(preset: Preset) -> Iterator[str]:
             yield f"recognise.names: {pattern!r} is no regular expression: {error}"
     if preset.recognition.name_required and not preset.recognition.names:
         yield "recognise.name_required: is true, but recognise.names is empty"
+    if preset.rate is not None and not (preset.rate.hidden >= 1 and 0 <= preset.rate.exponent <= 2):
+        yield f"rate: got {preset.rate.hidden} and {preset.rate.exponent}, expected a width and an exponent in [0, 2]"
     if preset.chat_template is not None and "eos_token" not in preset.chat_template:
         yield "chat_template: does not mention eos_token, so the model would never learn to stop"
 
@@ -93,8 +95,8 @@ def _of_entry(preset: Preset, entry: CatalogueEntry) -> Iterator[str]:
         yield f"bytes_per_token: got {entry.bytes_per_token}, expected a number in [1, 10]"
     if not all(memory.get(method, 0) > 0 for method in METHODS):
         yield f"minimum_memory: expected a size for each of {', '.join(METHODS)}"
-    elif not memory["qlora"] <= memory["lora"] <= memory["full"]:
-        yield "minimum_memory: expected qlora <= lora <= full"
+    elif max(memory["qlora"], memory["lora"]) > memory["full"]:  # qlora holds a large embedding in fp32, lora in bf16
+        yield "minimum_memory: expected qlora <= full and lora <= full"
     if not preset.recognition.allows(entry.model_type, entry.architecture):
         yield f"architecture: {entry.architecture} is not one that the family is recognised by"
     if not entry.source.strip():

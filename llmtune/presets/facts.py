@@ -101,7 +101,7 @@ class CatalogueEntry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Level:
-    """The training numbers for one goal and one size of data. Learning rates are for LoRA adapters.
+    """The training numbers for one goal and one size of data. Learning rates are for LoRA adapters; see `RateRule`.
 
     Attributes:
         epochs: Passes over the training data.
@@ -125,6 +125,21 @@ class Level:
     evals_per_epoch: float
     saves_per_epoch: float
     sources: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RateRule:
+    """How the learning rates of a family's levels are carried over to models of other widths.
+
+    Attributes:
+        hidden: Width that the rates of the levels are for.
+        exponent: The rate is multiplied by ``(hidden / width of the model) ** exponent``.
+        source: Where the exponent comes from.
+    """
+
+    hidden: int
+    exponent: float
+    source: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

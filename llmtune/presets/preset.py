@@ -10,7 +10,7 @@ from typing import Any
 
 from llmtune.errors import ConfigError, did_you_mean
 from llmtune.presets.checks import problems_of
-from llmtune.presets.facts import GOALS, SIZES, CatalogueEntry, Level, ModelShape, Recognition
+from llmtune.presets.facts import GOALS, SIZES, CatalogueEntry, Level, ModelShape, RateRule, Recognition
 from llmtune.presets.reading import preset_files, read_preset
 
 GENERIC = "generic"
@@ -26,6 +26,8 @@ class Preset:
             ``("all-linear",)``.
         chat_template: Jinja template for models whose tokenizer brings none; None when it always brings one.
         levels: Goal -> size of the data -> numbers.
+        rate: How the learning rates of the levels are carried over to other widths and runs; None where they are taken
+            as they stand.
         notice: What a user should know when this preset is used.
     """
 
@@ -36,6 +38,7 @@ class Preset:
     chat_template: str | None
     levels: Mapping[str, Mapping[str, Level]]
     catalogue: tuple[CatalogueEntry, ...]
+    rate: RateRule | None = None
     notice: str | None = None
 
     @classmethod
@@ -97,6 +100,12 @@ class Preset:
         return cls.load(GENERIC)
 
     @classmethod
+    def is_shared(cls, model_type: str | None, architecture: str | None) -> bool:
+        """Return whether only a name or an exact shape tells some family from others of this architecture."""
+        named = (cls.load(family).recognition for family in cls.families() if family != GENERIC)
+        return any(recognition.name_required and recognition.allows(model_type, architecture) for recognition in named)
+
+    @classmethod
     def custom(cls, requirements: Mapping[str, Any]) -> Preset:
         """A preset made to requirements: a family's, with numbers of its levels replaced and its catalogue filtered.
 
@@ -134,15 +143,17 @@ class Preset:
             numbers = Preset.custom({"family": "qwen", "rank": 64}).settings("quality", "small")
             FineTuner("data.jsonl", **numbers)
 
-        Learning rates are for adapters. Evaluations and saves per pass are not among them: their keys count updates.
+        Learning rates are for adapters. A rate that depends on the model and the run (see `RateRule`) is left to the
+        plan, unless it is one of your own. Evaluations and saves per pass are not among them: their keys count updates.
 
         Raises:
             ConfigError: Goal or size is unknown.
         """
-        from llmtune.presets.custom import SETTINGS
+        from llmtune.presets.custom import SETTINGS, SOURCE
 
         level = self.level(goal, size)
-        return {key: getattr(level, name) for name, key in SETTINGS.items()}
+        planned = {"learning_rate"} if self.rate and level.sources["learning_rate"] != SOURCE else set()
+        return {key: getattr(level, name) for name, key in SETTINGS.items() if name not in planned}
 
     def validate(self) -> tuple[bool, list[str]]:
         """Whether the preset can be used, and one sentence per problem."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmtune.errors import ConfigError, LlmtuneError, did_you_mean
-from llmtune.presets.facts import GOALS, METHODS, SIZES, CatalogueEntry, Level, ModelShape, Recognition
+from llmtune.presets.facts import GOALS, METHODS, SIZES, CatalogueEntry, Level, ModelShape, RateRule, Recognition
 from llmtune.units import parse_bytes
 
 Parser = Callable[[Any], Any]
@@ -185,19 +185,34 @@ def _read_document(document: Any, problems: list[str]) -> dict[str, Any]:
         "recognise": Field(parse=_anything),
         "sources": Field(parse=_anything),
         "lora_targets": Field(parse=texts),
+        "rate": Field(parse=_anything, default=None),
         "chat_template": Field(parse=_optional_text, default=None),
         "levels": Field(parse=_anything),
         "catalogue": Field(parse=_anything, default=[]),
     }
     top = take(document, "", fields, problems)
     sources = _read_sources(top.get("sources", {}), problems)
+    rate = _read_rate(top.pop("rate", None), sources, problems)
     recognition = take(top.pop("recognise", {}), "recognise", _RECOGNISE_FIELDS, problems)
     levels = _read_levels(top.pop("levels", {}), sources, problems)
     catalogue = _read_catalogue(top.pop("catalogue", []), str(top.get("family")), sources, problems)
     if problems:
         return {}
     del top["sources"]
-    return {**top, "recognition": Recognition(**recognition), "levels": levels, "catalogue": catalogue}
+    return {**top, "recognition": Recognition(**recognition), "levels": levels, "rate": rate, "catalogue": catalogue}
+
+
+def _read_rate(node: Any, sources: Mapping[str, str], problems: list[str]) -> RateRule | None:
+    """Read ``{hidden: WIDTH, exponent: [value, source]}``."""
+    if node is None:
+        return None
+    before = len(problems)
+    fields = {"hidden": Field(parse=whole), "exponent": Field(parse=_sourced(number, sources))}
+    values = take(node, "rate", fields, problems)
+    if len(problems) > before:
+        return None
+    exponent, source = values["exponent"]
+    return RateRule(hidden=values["hidden"], exponent=exponent, source=source)
 
 
 def _read_sources(node: Any, problems: list[str]) -> dict[str, str]:

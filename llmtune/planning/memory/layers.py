@@ -369,6 +369,7 @@ LAYERS: dict[str, Callable[[Pass, Value], Value]] = {
     "Qwen3ForCausalLM": Pass.qwen3,
     "PhiForCausalLM": Pass.phi,
     "Phi3ForCausalLM": Pass.phi3,
+    "SmolLM3ForCausalLM": Pass.llama,  # of four layers one does not rotate, and needs less
 }
 
 
