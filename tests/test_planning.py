@@ -66,7 +66,7 @@ def carried_over(request, method, plan):
     factor, rule = (0.1 if method == "full" else 1.0), request.preset.rate
     if rule is None:
         return factor
-    factor *= (rule.hidden / request.spec.shape.hidden) ** rule.exponent
+    factor *= (rule.hidden / max(576, request.spec.shape.hidden)) ** rule.exponent
     factor *= min(1.5, max(0.5, (plan.global_batch_size.value / 32) ** 0.5))
     if method != "full":
         short = min(1.0, max(0.0, 1 - math.log10(plan.updates.value / 100)))

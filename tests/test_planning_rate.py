@@ -43,6 +43,10 @@ def test_long_runs_of_qwen_do_too(hidden: int, rate: float) -> None:
     assert preset.level("quality", "large").learning_rate * math.prod(factors.values()) == pytest.approx(rate, rel=0.02)
 
 
+def test_narrow_models_take_the_rate_of_the_narrowest_that_was_tried() -> None:
+    assert factor(hidden=32) == factor(hidden=576) > factor(hidden=577)
+
+
 def test_short_runs_take_half_as_much_again_and_full_fine_tuning_a_tenth() -> None:
     assert factor(updates=20) == factor(updates=100) == pytest.approx(1.5)
     assert factor(updates=5_000) == pytest.approx(1.0)

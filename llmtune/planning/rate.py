@@ -18,6 +18,9 @@ from collections.abc import Mapping
 from llmtune.presets.facts import RateRule
 
 REFERENCE_RANK, REFERENCE_ALPHA, REFERENCE_BATCH = 16, 32, 32
+# Narrower models than this take the rate of this width: the formula rises without end, and builtin:tiny (256 wide) leaves
+# fields unlearned above 1e-3. llmtune: chosen, the width of SmolLM2-135M, where the formula's rate was tried.
+LEAST_WIDTH = 576
 # LoRA over full fine-tuning: in runs of up to so many updates, and from so many on; between them by the logarithm.
 SHORT_TIMES, LONG_TIMES = 15.0, 10.0
 SHORT_UPDATES, LONG_UPDATES = 100, 1_000
@@ -41,7 +44,9 @@ def rate_factors(
         batch: Rows of one update.
         updates: Updates of the run.
     """
-    factors = {f"width {hidden:,} instead of {rule.hidden:,}": (rule.hidden / hidden) ** rule.exponent}
+    factors = {
+        f"width {hidden:,} instead of {rule.hidden:,}": (rule.hidden / max(hidden, LEAST_WIDTH)) ** rule.exponent
+    }
     factors[f"{batch} rows per update instead of {REFERENCE_BATCH}"] = batch_factor(batch)
     if method == "full":
         factors["full fine-tuning"] = 1 / LONG_TIMES
