@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from llmtune.presets.facts import RateRule
 
 REFERENCE_RANK, REFERENCE_ALPHA, REFERENCE_BATCH = 16, 32, 32
-# Narrower models than this take the rate of this width: the formula rises without end, and builtin:tiny (256 wide) leaves
-# fields unlearned above 1e-3. llmtune: chosen, the width of SmolLM2-135M, where the formula's rate was tried.
+# Narrower models take the rate of this width: the formula rises without end, and builtin:tiny (256 wide) leaves fields
+# unlearned above 1e-3. llmtune: chosen, the width of SmolLM2-135M, the narrowest model whose rates were compared.
 LEAST_WIDTH = 576
 # LoRA over full fine-tuning: in runs of up to so many updates, and from so many on; between them by the logarithm.
 SHORT_TIMES, LONG_TIMES = 15.0, 10.0
